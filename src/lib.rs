@@ -1,0 +1,34 @@
+//! `mmproxyctl` lets any service behind a PROXY-protocol sender see the real client's address.
+//!
+//! # Map
+//!
+//! | module | owns | must not know |
+//! |---|---|---|
+//! | [`cli`] | what can be typed | what it does |
+//! | [`commands`] | one file per verb: the order of steps, what a person reads | how a step works |
+//! | [`model`] | marks, pathways, instances, addresses as types that cannot be wrong | where they come from |
+//! | [`config`] | text → model, mistakes with file, line, column | the kernel |
+//! | [`socket`] | every socket option there is | connections |
+//! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
+//! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
+//! | [`runtime_dir`] | lock files, named by instance and network namespace | what they protect |
+//!
+//! Dependencies run one way: `commands → {config, pathway, relay} → {socket, model}`; pathway and relay
+//! never import each other, and nothing imports commands.
+//!
+//! # The two flows
+//!
+//! `pathway add 123`: [`cli`] → [`commands`] → [`config`] → `pathway::plan` (pure: wanted state, diff)
+//! → `pathway::netlink` and `pathway::firewall` (apply, read back) → a report.
+//!
+//! One connection: `relay::tcp` (accept, allowed proxy?) → `relay::header` (incremental, pure) →
+//! [`socket`] (spoofed, marked connect to the target of the client's family) → copy both ways.
+
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod model;
+pub mod pathway;
+pub mod relay;
+pub mod runtime_dir;
+pub mod socket;

@@ -1,0 +1,205 @@
+//! Addresses by the part they play, so that two of them cannot be swapped.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::str::FromStr;
+
+use serde::{Serialize, Serializer};
+
+use super::ValueError;
+
+/// An address family, as `AF_INET` and `AF_INET6` in `socket(2)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both families, IPv4 first.
+    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The family of an address as it stands (`::ffff:a.b.c.d` is IPv6 here; unmap first).
+    pub fn of(addr: IpAddr) -> Self {
+        match addr {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
+    }
+}
+
+/// Turns `::ffff:a.b.c.d` into `a.b.c.d`, and drops flow label and scope of what stays IPv6.
+fn unmapped(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
+
+macro_rules! role {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(SocketAddr);
+
+        impl $name {
+            /// Takes an address for this part; `::ffff:a.b.c.d` becomes `a.b.c.d`.
+            pub fn new(addr: SocketAddr) -> Self {
+                Self(unmapped(addr))
+            }
+
+            /// The socket address, never IPv4-mapped.
+            pub fn get(self) -> SocketAddr {
+                self.0
+            }
+
+            /// The address without the port.
+            pub fn ip(self) -> IpAddr {
+                self.0.ip()
+            }
+
+            /// The port in host order.
+            pub fn port(self) -> u16 {
+                self.0.port()
+            }
+
+            /// The family after unmapping.
+            pub fn family(self) -> Family {
+                Family::of(self.0.ip())
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                to.collect_str(&self.0)
+            }
+        }
+    };
+}
+
+role! {
+    /// The address in the PROXY header: who the service shall see.
+    ClientAddr
+}
+role! {
+    /// The peer of an accepted connection: the trusted sender of the header.
+    ProxyAddr
+}
+role! {
+    /// The local service that a connection is passed on to.
+    TargetAddr
+}
+
+/// Where an instance accepts connections. An IPv6 wildcard listens on IPv6 only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ListenAddr(SocketAddr);
+
+impl ListenAddr {
+    /// Takes an address as it stands; port 0 asks the kernel for a free one.
+    pub fn new(addr: SocketAddr) -> Self {
+        Self(addr)
+    }
+
+    /// The socket address.
+    pub fn get(self) -> SocketAddr {
+        self.0
+    }
+}
+
+impl fmt::Display for ListenAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Serialize for ListenAddr {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&self.0)
+    }
+}
+
+impl FromStr for ListenAddr {
+    type Err = ValueError;
+
+    /// `a.b.c.d:port`, `[v6]:port`, `[fe80::1%3]:port`, or `:port` for every IPv4 address (Go's form).
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        const EXPECTED: &str = "an address and a port such as 100.64.0.1:2222 or [fd00::1]:2222";
+        let parsed = match text.strip_prefix(':') {
+            Some(port) => port
+                .parse()
+                .ok()
+                .map(|port| SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))),
+            None => text
+                .parse::<SocketAddrV4>()
+                .map(SocketAddr::V4)
+                .or_else(|_| text.parse::<SocketAddrV6>().map(SocketAddr::V6))
+                .ok(),
+        };
+        match parsed {
+            Some(addr) if addr.port() != 0 => Ok(Self(addr)),
+            Some(_) => Err(ValueError::new(
+                format!("listen address '{text}' has port 0"),
+                EXPECTED,
+            )),
+            None => Err(ValueError::new(
+                format!("'{text}' is not a listen address"),
+                EXPECTED,
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mapped_addresses_become_ipv4() {
+        let client = ClientAddr::new("[::ffff:192.0.2.7]:80".parse().unwrap());
+        assert_eq!(client.to_string(), "192.0.2.7:80");
+        assert_eq!(client.family(), Family::V4);
+    }
+
+    #[test]
+    fn listen_forms() {
+        assert_eq!(
+            "127.0.0.1:22".parse::<ListenAddr>().unwrap().to_string(),
+            "127.0.0.1:22"
+        );
+        assert_eq!(
+            "[::1]:22".parse::<ListenAddr>().unwrap().to_string(),
+            "[::1]:22"
+        );
+        assert_eq!(
+            ":22".parse::<ListenAddr>().unwrap().to_string(),
+            "0.0.0.0:22"
+        );
+        for bad in [
+            "",
+            ":",
+            "::1:22",
+            "127.0.0.1",
+            "127.0.0.1:",
+            "127.0.0.1:0",
+            "a:1",
+            "1.2.3.4:65536",
+        ] {
+            assert!(bad.parse::<ListenAddr>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! An instance: one relay, as configured.
+
+use std::fmt;
+use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::{Family, ListenAddr, Mark, TargetAddr, ValueError};
+
+/// The name of an instance: `[A-Za-z0-9][A-Za-z0-9._-]*`, which systemd can carry as `mmproxy@NAME`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct InstanceName(String);
+
+impl InstanceName {
+    /// The longest name: it becomes part of file names and of a Unix socket's path.
+    pub const MAX_LEN: usize = 64;
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for InstanceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for InstanceName {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let valid = text.len() <= Self::MAX_LEN
+            && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && text
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
+        if valid {
+            return Ok(Self(text.to_owned()));
+        }
+        Err(ValueError::new(
+            format!("'{text}' is not an instance name"),
+            format!(
+                "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most {} of them",
+                Self::MAX_LEN
+            ),
+        ))
+    }
+}
+
+/// What an instance relays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+impl FromStr for Protocol {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text {
+            "tcp" => Ok(Self::Tcp),
+            "udp" => Ok(Self::Udp),
+            _ => Err(ValueError::new(
+                format!("'{text}' is not a protocol"),
+                "tcp or udp",
+            )),
+        }
+    }
+}
+
+/// Which datagrams of a UDP sender carry the PROXY header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UdpHeader {
+    /// Every one (dnsdist).
+    #[default]
+    Every,
+    /// The first of a flow (Cloudflare Spectrum v2, Traefik, frp).
+    First,
+    /// Every one, both ways, as Simple Proxy Protocol.
+    Spp,
+}
+
+impl FromStr for UdpHeader {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text {
+            "every" => Ok(Self::Every),
+            "first" => Ok(Self::First),
+            "spp" => Ok(Self::Spp),
+            _ => Err(ValueError::new(
+                format!("'{text}' is not a udp-header mode"),
+                "every, first or spp",
+            )),
+        }
+    }
+}
+
+/// What becomes of the client's port on the spoofed socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PortPolicy {
+    /// Kept, so that the service sees the client's port too.
+    #[default]
+    Keep,
+    /// Chosen by the kernel at connect (`IP_BIND_ADDRESS_NO_PORT`): the host's own connections keep their ports.
+    Any,
+}
+
+impl FromStr for PortPolicy {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text {
+            "keep" => Ok(Self::Keep),
+            "any" => Ok(Self::Any),
+            _ => Err(ValueError::new(
+                format!("'{text}' is not a port policy"),
+                "keep or any",
+            )),
+        }
+    }
+}
+
+/// The options of an instance, with every default filled in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct InstanceOptions {
+    /// `protocol=`.
+    pub protocol: Protocol,
+    /// `udp-header=`, meaningful for UDP only.
+    pub udp_header: UdpHeader,
+    /// `idle-timeout=`: none for TCP, 60 s for UDP unless said.
+    pub idle_timeout: Option<Duration>,
+    /// `header-timeout=`: how long a proxy may take to send its header.
+    pub header_timeout: Duration,
+    /// `connect-timeout=`: how long the target may take to answer.
+    pub connect_timeout: Duration,
+    /// `allow=`: an allow list of the instance's own, absolute or relative to the configuration directory.
+    pub allow: Option<PathBuf>,
+    /// `listeners=`: sockets that share the listen address (go-mmproxy's `-listeners`); `None` leaves it to the relay.
+    pub listeners: Option<NonZeroU32>,
+    /// `port=`.
+    pub port: PortPolicy,
+    /// `max-connections=`; `None` is no limit but the descriptors'.
+    pub max_connections: Option<NonZeroU32>,
+}
+
+impl InstanceOptions {
+    /// What a proxy gets to send its header; the specification recommends at least 3 s.
+    pub const DEFAULT_HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+    /// What a target gets to accept.
+    pub const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+    /// When a silent UDP flow ends.
+    pub const DEFAULT_UDP_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+    /// The options of an instance that says nothing but its protocol.
+    pub fn defaults(protocol: Protocol) -> Self {
+        Self {
+            protocol,
+            udp_header: UdpHeader::default(),
+            idle_timeout: match protocol {
+                Protocol::Tcp => None,
+                Protocol::Udp => Some(Self::DEFAULT_UDP_IDLE_TIMEOUT),
+            },
+            header_timeout: Self::DEFAULT_HEADER_TIMEOUT,
+            connect_timeout: Self::DEFAULT_CONNECT_TIMEOUT,
+            allow: None,
+            listeners: None,
+            port: PortPolicy::default(),
+            max_connections: None,
+        }
+    }
+}
+
+/// One relay, as configured. At least one target is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Instance {
+    /// Its name.
+    pub name: InstanceName,
+    /// The mark of its pathway.
+    pub mark: Mark,
+    /// Where it accepts.
+    pub listen: ListenAddr,
+    /// The target of IPv4 clients.
+    pub target4: Option<SocketAddrV4>,
+    /// The target of IPv6 clients.
+    pub target6: Option<SocketAddrV6>,
+    /// Everything else.
+    pub options: InstanceOptions,
+}
+
+impl Instance {
+    /// The target of clients of a family, or `None` where that family is not served.
+    pub fn target(&self, family: Family) -> Option<TargetAddr> {
+        match family {
+            Family::V4 => self.target4.map(SocketAddr::V4),
+            Family::V6 => self.target6.map(SocketAddr::V6),
+        }
+        .map(TargetAddr::new)
+    }
+
+    /// Every target there is, IPv4 first.
+    pub fn targets(&self) -> impl Iterator<Item = TargetAddr> + '_ {
+        Family::BOTH
+            .into_iter()
+            .filter_map(|family| self.target(family))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_systemd_carries() {
+        for good in ["a", "vps01-ssh", "0", "A.b_c-d"] {
+            assert!(good.parse::<InstanceName>().is_ok(), "{good}");
+        }
+        for bad in ["", "-a", ".a", "a b", "a/b", "a@b", "ä", &"a".repeat(65)] {
+            assert!(bad.parse::<InstanceName>().is_err(), "{bad}");
+        }
+    }
+}

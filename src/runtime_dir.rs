@@ -1,0 +1,187 @@
+//! The runtime directory: lock files, and later control sockets, named by what they belong to *and*
+//! by network namespace, because two namespaces are two hosts.
+//!
+//! Owns: the directory, the names in it, advisory locks. Must not know: what a lock protects.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Where runtime files live.
+#[derive(Debug, Clone)]
+pub struct RuntimeDir(PathBuf);
+
+/// Why a runtime file could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file-system operation failed.
+    #[error("cannot {operation} {}", path.display())]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process held the lock for all of the time allowed.
+    #[error("{} is held by pid {} for more than {limit:?}", path.display(), holder.map_or("?".to_owned(), |pid| pid.to_string()))]
+    Busy {
+        /// The lock file.
+        path: PathBuf,
+        /// Who holds it, where it said so.
+        holder: Option<u32>,
+        /// How long was waited.
+        limit: Duration,
+    },
+}
+
+/// The outcome of trying a lock once.
+#[derive(Debug)]
+pub enum Attempt {
+    /// It is ours until dropped.
+    Held(Lock),
+    /// Another process has it; its pid where it wrote one.
+    HeldBy(Option<u32>),
+}
+
+/// An advisory lock with the holder's pid in it. The kernel drops it with the process; the file stays.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl RuntimeDir {
+    /// `--runtime-dir`, else `$RUNTIME_DIRECTORY` (systemd; its first entry), else `/run/mmproxy`.
+    pub fn resolve(flag: Option<PathBuf>) -> Self {
+        let from_systemd = || {
+            let value = std::env::var("RUNTIME_DIRECTORY").ok()?;
+            value
+                .split(':')
+                .next()
+                .filter(|dir| !dir.is_empty())
+                .map(PathBuf::from)
+        };
+        Self(
+            flag.or_else(from_systemd)
+                .unwrap_or_else(|| PathBuf::from("/run/mmproxy")),
+        )
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// `NAME@NETNS.SUFFIX` in the directory; NETNS is the inode number of the caller's network namespace.
+    ///
+    /// # Errors
+    /// When `/proc` is not there to tell the namespace.
+    pub fn file(&self, name: &str, suffix: &str) -> Result<PathBuf, Error> {
+        let link = Path::new("/proc/thread-self/ns/net");
+        let namespace = fs::metadata(link)
+            .map_err(io_error("read the network namespace from", link))?
+            .ino();
+        Ok(self.0.join(format!("{name}@{namespace}.{suffix}")))
+    }
+
+    /// Tries the lock of that name once.
+    ///
+    /// # Errors
+    /// When the directory or the file cannot be made.
+    pub fn try_lock(&self, name: &str) -> Result<Attempt, Error> {
+        let path = self.file(name, "lock")?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(&self.0)
+            .map_err(io_error("create directory", &self.0))?;
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(io_error("open", &path))?;
+        match file.try_lock() {
+            Ok(()) => {
+                let pid = std::process::id();
+                file.set_len(0)
+                    .and_then(|()| file.rewind())
+                    .and_then(|()| writeln!(file, "{pid}"))
+                    .map_err(io_error("write", &path))?;
+                Ok(Attempt::Held(Lock { _file: file }))
+            }
+            Err(TryLockError::WouldBlock) => {
+                let mut text = String::new();
+                // the holder may be between lock and write: no pid is an answer, not an error
+                let _ = file.read_to_string(&mut text);
+                Ok(Attempt::HeldBy(text.trim().parse().ok()))
+            }
+            Err(TryLockError::Error(source)) => Err(io_error("lock", &path)(source)),
+        }
+    }
+
+    /// Waits for the lock of that name, at most `limit`.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when the time is over, else as [`RuntimeDir::try_lock`].
+    pub fn lock(&self, name: &str, limit: Duration) -> Result<Lock, Error> {
+        let start = Instant::now();
+        loop {
+            match self.try_lock(name)? {
+                Attempt::Held(lock) => return Ok(lock),
+                Attempt::HeldBy(holder) if start.elapsed() >= limit => {
+                    return Err(Error::Busy {
+                        path: self.file(name, "lock")?,
+                        holder,
+                        limit,
+                    });
+                }
+                Attempt::HeldBy(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    }
+}
+
+fn io_error<'a>(
+    operation: &'static str,
+    path: &'a Path,
+) -> impl FnOnce(io::Error) -> Error + use<'a> {
+    move |source| Error::Io {
+        operation,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_lock_names_the_holder() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDir::resolve(Some(dir.path().join("new")));
+        let Attempt::Held(lock) = runtime.try_lock("vps01-ssh").unwrap() else {
+            panic!("free lock not held")
+        };
+        // flock is per open file description: a second open in the same process conflicts too
+        match runtime.try_lock("vps01-ssh").unwrap() {
+            Attempt::HeldBy(pid) => assert_eq!(pid, Some(std::process::id())),
+            Attempt::Held(_) => panic!("held twice"),
+        }
+        assert!(matches!(
+            runtime.lock("vps01-ssh", Duration::from_millis(50)),
+            Err(Error::Busy { .. })
+        ));
+        drop(lock);
+        assert!(matches!(
+            runtime.try_lock("vps01-ssh").unwrap(),
+            Attempt::Held(_)
+        ));
+    }
+}

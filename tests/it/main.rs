@@ -1,0 +1,7 @@
+//! Everything that is shown on the real kernel and with real programs, as one test binary.
+//!
+//! Kernel work runs in network namespaces of the test's own (`support::net`), checked with other
+//! programs (`ip`, `iptables-save`, `conntrack`, the service's own log). A test that lacks root or a
+//! program fails and says what to install.
+
+mod support;
