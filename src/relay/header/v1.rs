@@ -73,10 +73,6 @@ impl Cursor<'_> {
         let client_port = self.port(HeaderError::V1Port(Side::Client))?;
         self.word(b" ", HeaderError::V1Port(Side::Client))?;
         let destination_port = self.port(HeaderError::V1Port(Side::Destination))?;
-        // a digit, sign or space here belongs to a malformed port; the line's end does not
-        if self.peek()? != b'\r' {
-            return Err(Stop::Bad(HeaderError::V1Port(Side::Destination)));
-        }
         self.word(b"\r\n", HeaderError::V1End)?;
         Ok((
             proxied(
