@@ -196,7 +196,7 @@ proptest! {
     /// LOCAL or UNSPEC, whose block is skipped, or by moving the TLVs.
     #[test]
     fn a_changed_byte_fails_the_checksum(
-        sample in generate::header().prop_filter("has a checksum", |sample| sample.checksum),
+        sample in generate::checksummed(),
         at in any::<proptest::sample::Index>(),
         change in 1..=u8::MAX,
     ) {

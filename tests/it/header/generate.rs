@@ -36,7 +36,7 @@ pub(crate) fn header() -> impl Strategy<Value = Sample> {
     prop_oneof![
         3 => v1_line(),
         1 => v1_unknown(),
-        4 => v2_proxied(),
+        4 => any::<bool>().prop_flat_map(v2_proxied),
         1 => v2_unix(),
         1 => v2_discarded(),
     ]
@@ -139,7 +139,12 @@ fn tlvs() -> impl Strategy<Value = Vec<(u8, Vec<u8>)>> {
     vec((kind, vec(any::<u8>(), 0..=tlv::MAX_UNIQUE_ID)), 0..5)
 }
 
-fn v2_proxied() -> impl Strategy<Value = Sample> {
+/// A v2 header that ends with a CRC32C.
+pub(crate) fn checksummed() -> impl Strategy<Value = Sample> {
+    v2_proxied(true)
+}
+
+fn v2_proxied(checksum: bool) -> impl Strategy<Value = Sample> {
     let transport = select(
         &[
             Transport::Stream,
@@ -148,26 +153,24 @@ fn v2_proxied() -> impl Strategy<Value = Sample> {
             Transport::Unspecified,
         ][..],
     );
-    (ends(), transport, tlvs(), any::<bool>()).prop_map(
-        |((client, destination), transport, tlvs, checksum)| {
-            let start = V2::proxied(client, destination, transport);
-            let header = tlvs.iter().fold(start, |header, (kind, value)| {
-                header.tlv(*kind, value).expect("it fits")
-            });
-            let bytes = if checksum {
-                header.finish_with_crc32c().expect("it fits")
-            } else {
-                header.finish()
-            };
-            Sample {
-                bytes,
-                ends: (transport != Transport::Unspecified).then_some((client, destination)),
-                transport,
-                tlvs,
-                checksum,
-            }
-        },
-    )
+    (ends(), transport, tlvs()).prop_map(move |((client, destination), transport, tlvs)| {
+        let start = V2::proxied(client, destination, transport);
+        let header = tlvs.iter().fold(start, |header, (kind, value)| {
+            header.tlv(*kind, value).expect("it fits")
+        });
+        let bytes = if checksum {
+            header.finish_with_crc32c().expect("it fits")
+        } else {
+            header.finish()
+        };
+        Sample {
+            bytes,
+            ends: (transport != Transport::Unspecified).then_some((client, destination)),
+            transport,
+            tlvs,
+            checksum,
+        }
+    })
 }
 
 /// A v2 header from its bytes 13 and 14 and what follows the length.
