@@ -5,4 +5,5 @@
 //! program fails and says what to install.
 
 mod header;
+mod probe;
 mod support;
