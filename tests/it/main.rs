@@ -6,4 +6,5 @@
 
 mod chain;
 mod header;
+mod probe;
 mod support;
