@@ -8,12 +8,13 @@ mod pathway;
 mod probe;
 mod run;
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
 use crate::cli::{Cli, Command};
+use crate::config::Diagnostics;
 
 /// A failure that is the caller's to mend, in what was typed or configured: exit code 2.
 #[derive(Debug, thiserror::Error)]
@@ -26,10 +27,22 @@ pub fn main() -> ExitCode {
     match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {
+            let configuration = error.chain().find_map(|cause| cause.downcast_ref());
+            if let Some(mistakes) = configuration {
+                eprintln!("{}", drawn(mistakes));
+                return ExitCode::from(2);
+            }
             eprintln!("error: {error:#}");
             ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
         }
     }
+}
+
+/// Mistakes or warnings as text for stderr: in colour on a terminal, unless `$NO_COLOR` is set
+/// (<https://no-color.org>).
+fn drawn(diagnostics: &Diagnostics) -> String {
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    diagnostics.draw(io::stderr().is_terminal() && !no_color)
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {

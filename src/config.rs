@@ -1,1 +1,346 @@
-//! Not here yet.
+//! Text → model: `pathways.conf`, `instances.tsv` and `allow.txt`.
+//!
+//! Owns: the files, where they are looked for, and every mistake in them, shown with file, line and
+//! column, all of them at once. Must not know: the kernel, sockets, what the values are used for.
+
+mod allow;
+mod columns;
+mod diagnostics;
+mod instance_options;
+mod instances;
+mod options;
+mod pathways;
+mod source;
+mod together;
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+pub use diagnostics::{Diagnostic, Diagnostics, Severity};
+use source::Source;
+
+use crate::model::{AllowList, Instance, Mark, Pathway};
+
+const PATHWAYS: &str = "pathways.conf";
+const INSTANCES: &str = "instances.tsv";
+const ALLOW: &str = "allow.txt";
+
+/// Where the default allow list is, when it is not in the configuration directory.
+pub const ALLOW_LIST_PATH: &str = "ALLOW_LIST_PATH";
+
+/// All three files, without a mistake.
+#[derive(Debug, Clone)]
+pub struct Configuration {
+    /// The configuration directory.
+    pub directory: PathBuf,
+    /// In the order of the file, with the instances' non-loopback targets merged in.
+    pub pathways: Vec<Pathway>,
+    /// In the order of the file.
+    pub instances: Vec<Instance>,
+    /// Who may connect to instances without a list of their own.
+    pub default_allow: Arc<AllowList>,
+    /// Where that list was read.
+    pub default_allow_path: PathBuf,
+    /// What is no mistake and worth a look.
+    pub warnings: Diagnostics,
+    /// By `allow=` as written.
+    own_allow: BTreeMap<PathBuf, Arc<AllowList>>,
+}
+
+impl Configuration {
+    /// The pathway of a mark.
+    pub fn pathway(&self, mark: Mark) -> Option<&Pathway> {
+        self.pathways.iter().find(|pathway| pathway.mark == mark)
+    }
+
+    /// The instance of a name.
+    pub fn instance(&self, name: &str) -> Option<&Instance> {
+        self.instances
+            .iter()
+            .find(|instance| instance.name.as_str() == name)
+    }
+
+    /// The proxies that may connect to an instance of this configuration: those of its `allow=`, else the default list.
+    pub fn allow_list(&self, instance: &Instance) -> Arc<AllowList> {
+        let own = instance
+            .options
+            .allow
+            .as_ref()
+            .and_then(|file| self.own_allow.get(file));
+        Arc::clone(own.unwrap_or(&self.default_allow))
+    }
+}
+
+/// What routing needs of the files: no allow list, and either file may be missing.
+#[derive(Debug, Clone)]
+pub struct PathwayFiles {
+    /// The configuration directory.
+    pub directory: PathBuf,
+    /// In the order of the file, with the instances' non-loopback targets merged in.
+    pub pathways: Vec<Pathway>,
+    /// In the order of the file.
+    pub instances: Vec<Instance>,
+    /// What is no mistake and worth a look.
+    pub warnings: Diagnostics,
+}
+
+impl PathwayFiles {
+    /// The pathway of a mark that is in pathways.conf.
+    pub fn pathway(&self, mark: Mark) -> Option<&Pathway> {
+        self.pathways.iter().find(|pathway| pathway.mark == mark)
+    }
+
+    /// The pathway of any mark: as in pathways.conf, else with the defaults and the targets of the
+    /// instances that use it. `None` where the mark can be no table number (253 to 255).
+    pub fn pathway_or_defaults(&self, mark: Mark) -> Option<Pathway> {
+        if let Some(pathway) = self.pathway(mark) {
+            return Some(pathway.clone());
+        }
+        let mut pathway = Pathway::with_defaults(mark)?;
+        merge_targets(std::slice::from_mut(&mut pathway), &self.instances);
+        Some(pathway)
+    }
+
+    /// The instance of a name.
+    pub fn instance(&self, name: &str) -> Option<&Instance> {
+        self.instances
+            .iter()
+            .find(|instance| instance.name.as_str() == name)
+    }
+}
+
+/// Reads all three files of a directory; the allow list from `$ALLOW_LIST_PATH` where that is set.
+///
+/// # Errors
+/// Every mistake in every file.
+pub fn load(directory: &Path) -> Result<Configuration, Diagnostics> {
+    load_with(directory, std::env::var_os(ALLOW_LIST_PATH).as_deref())
+}
+
+/// [`load`] with the value of the environment variable as an argument.
+fn load_with(
+    directory: &Path,
+    allow_list_path: Option<&OsStr>,
+) -> Result<Configuration, Diagnostics> {
+    let mut found = Diagnostics::default();
+    // set but empty counts as not set, as it did in the shell set-up
+    let allow_list_path = allow_list_path.filter(|path| !path.is_empty());
+    let default_allow_path = match allow_list_path {
+        Some(path) => PathBuf::from(path),
+        None => directory.join(ALLOW),
+    };
+    // one complaint about a directory that is missing, not one for each file that is not in it
+    let directory_problem = match std::fs::metadata(directory) {
+        Ok(metadata) if metadata.is_dir() => None,
+        Ok(_) => Some(io::Error::from(io::ErrorKind::NotADirectory)),
+        Err(error) => Some(error),
+    };
+    if let Some(error) = &directory_problem {
+        found.push(unreadable(directory, error, IN_DIRECTORY));
+    }
+    let mut read = |path: PathBuf, expected: &str, in_directory: bool| {
+        if in_directory && directory_problem.is_some() {
+            return None;
+        }
+        Source::read(path.clone())
+            .map_err(|error| found.push(unreadable(&path, &error, expected)))
+            .ok()
+    };
+    let pathway_source = read(directory.join(PATHWAYS), IN_DIRECTORY, true);
+    let instance_source = read(directory.join(INSTANCES), IN_DIRECTORY, true);
+    let allow_source = read(
+        default_allow_path.clone(),
+        FOR_ALLOW,
+        allow_list_path.is_none(),
+    );
+
+    let pathway_lines = pathway_source
+        .as_ref()
+        .map(|source| pathways::parse(source, &mut found));
+    let instance_lines = instance_source
+        .as_ref()
+        .map(|source| read_instances(source, pathway_lines.as_deref(), &mut found))
+        .unwrap_or_default();
+    let default_allow = allow_source
+        .as_ref()
+        .and_then(|source| allow::parse(source, &mut found))
+        .map(Arc::new);
+    let mut own_allow = OwnLists::new(directory, &default_allow_path, default_allow.as_ref());
+    if let Some(source) = &instance_source {
+        own_allow.read(source, &instance_lines, &mut found);
+        if instance_lines.is_empty() {
+            found.push(Diagnostic::warning(
+                source.path(),
+                "no instance is defined",
+                "a line for each service behind a proxy",
+            ));
+        }
+    }
+
+    match default_allow {
+        Some(default_allow) if found.errors() == 0 => {
+            let (pathways, instances) = merged(pathway_lines.unwrap_or_default(), instance_lines);
+            Ok(Configuration {
+                directory: directory.to_owned(),
+                pathways,
+                instances,
+                own_allow: own_allow.lists,
+                default_allow,
+                default_allow_path,
+                warnings: found.sorted(),
+            })
+        }
+        _ => Err(found.sorted()),
+    }
+}
+
+/// Reads `pathways.conf` and `instances.tsv`, as far as they are there; having neither is no mistake.
+/// Without a `pathways.conf`, the marks of instances need no pathway.
+///
+/// # Errors
+/// Every mistake in either file.
+pub fn load_pathways(directory: &Path) -> Result<PathwayFiles, Diagnostics> {
+    let mut found = Diagnostics::default();
+    let mut read_if_there = |name: &str| match Source::read(directory.join(name)) {
+        Ok(source) => Some(source),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => {
+            found.push(unreadable(&directory.join(name), &error, IN_DIRECTORY));
+            None
+        }
+    };
+    let pathway_source = read_if_there(PATHWAYS);
+    let instance_source = read_if_there(INSTANCES);
+    let pathway_lines = pathway_source
+        .as_ref()
+        .map(|source| pathways::parse(source, &mut found));
+    let instance_lines = instance_source
+        .as_ref()
+        .map(|source| read_instances(source, pathway_lines.as_deref(), &mut found))
+        .unwrap_or_default();
+    if found.errors() > 0 {
+        return Err(found.sorted());
+    }
+    let (pathways, instances) = merged(pathway_lines.unwrap_or_default(), instance_lines);
+    Ok(PathwayFiles {
+        directory: directory.to_owned(),
+        pathways,
+        instances,
+        warnings: found.sorted(),
+    })
+}
+
+/// What was expected of a file in the directory.
+const IN_DIRECTORY: &str =
+    "the configuration directory of --config-dir, else $MMPROXY_CONFIG_DIR, else /etc/mmproxy";
+
+/// What was expected of the default allow list.
+const FOR_ALLOW: &str = "the trusted proxies in $ALLOW_LIST_PATH, else in allow.txt in the configuration \
+    directory; no list never means everyone";
+
+fn unreadable(path: &Path, error: &io::Error, expected: &str) -> Diagnostic {
+    Diagnostic::error(
+        &Arc::from(path),
+        format!("cannot read {}: {}", path.display(), reason(error)),
+        expected,
+    )
+}
+
+/// An I/O error without the number behind it.
+fn reason(error: &io::Error) -> String {
+    let text = error.to_string();
+    let end = text.find(" (os error").unwrap_or(text.len());
+    text[..end].to_owned()
+}
+
+fn read_instances<'s>(
+    source: &'s Source,
+    pathways: Option<&[pathways::Line<'_>]>,
+    found: &mut Diagnostics,
+) -> Vec<instances::Line<'s>> {
+    let lines = instances::parse(source, found);
+    together::check(source, &lines, found);
+    // without the file there are no marks to compare with, and its absence has been said where it matters
+    if let Some(pathways) = pathways {
+        let marks: Vec<Mark> = pathways.iter().map(|line| line.mark).collect();
+        together::check_marks(source, &lines, &marks, found);
+    }
+    lines
+}
+
+/// The lines of files without a mistake as values.
+fn merged(
+    pathways: Vec<pathways::Line<'_>>,
+    instances: Vec<instances::Line<'_>>,
+) -> (Vec<Pathway>, Vec<Instance>) {
+    let instances: Vec<Instance> = instances
+        .into_iter()
+        .filter_map(|line| line.instance)
+        .collect();
+    let mut pathways: Vec<Pathway> = pathways
+        .iter()
+        .filter_map(pathways::Line::pathway)
+        .collect();
+    merge_targets(&mut pathways, &instances);
+    (pathways, instances)
+}
+
+/// Adds the non-loopback targets of instances, as /32 or /128, to the pathways of their marks.
+fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
+    for pathway in pathways {
+        let targets = instances
+            .iter()
+            .filter(|instance| instance.mark == pathway.mark)
+            .flat_map(Instance::targets)
+            .map(|target| target.ip())
+            .filter(|ip| !ip.is_loopback())
+            .map(IpNet::from);
+        pathway.targets.extend(targets);
+    }
+}
+
+/// The lists that instances have of their own, each file read once.
+struct OwnLists<'c> {
+    directory: &'c Path,
+    /// By path; `None` for one with a mistake.
+    read: BTreeMap<PathBuf, Option<Arc<AllowList>>>,
+    /// By `allow=` as written.
+    lists: BTreeMap<PathBuf, Arc<AllowList>>,
+}
+
+impl<'c> OwnLists<'c> {
+    fn new(directory: &'c Path, default_path: &Path, default: Option<&Arc<AllowList>>) -> Self {
+        Self {
+            directory,
+            read: BTreeMap::from([(default_path.to_owned(), default.cloned())]),
+            lists: BTreeMap::new(),
+        }
+    }
+
+    fn read(&mut self, instances: &Source, lines: &[instances::Line<'_>], found: &mut Diagnostics) {
+        for (file, word) in lines.iter().filter_map(|line| line.allow.as_ref()) {
+            let path = self.directory.join(file);
+            let list = self.read.entry(path).or_insert_with_key(|path| {
+                match Source::read(path.clone()) {
+                    Ok(source) => allow::parse(&source, found).map(Arc::new),
+                    Err(error) => {
+                        found.push(Diagnostic::error(
+                            instances.position(*word),
+                            format!("cannot read {}: {}", path.display(), reason(&error)),
+                            "a file with the trusted proxies of this instance; no list never means everyone",
+                        ));
+                        None
+                    }
+                }
+            });
+            if let Some(list) = list {
+                self.lists.insert(file.clone(), Arc::clone(list));
+            }
+        }
+    }
+}

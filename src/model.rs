@@ -5,11 +5,13 @@
 
 mod addr;
 mod allow;
+mod duration;
 mod instance;
 mod pathway;
 
 pub use addr::{ClientAddr, Family, ListenAddr, ProxyAddr, TargetAddr};
 pub use allow::{AllowList, parse_prefix};
+pub use duration::{MAX_DURATION, parse_duration};
 pub use instance::{Instance, InstanceName, InstanceOptions, PortPolicy, Protocol, UdpHeader};
 pub use pathway::{ConnmarkMode, Mark, Mask, Pathway, Priority, TableId};
 

@@ -1,1 +1,3 @@
-//! Not here yet.
+//! Header → spoofed connection → copy both ways.
+
+pub mod header;

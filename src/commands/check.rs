@@ -1,10 +1,224 @@
-//! `check`.
+//! `check`: validates the three files and shows what they say. Changes nothing, asks the kernel nothing.
 
+use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
+use comfy_table::{Table, presets};
+use serde::Serialize;
+
 use crate::cli::{CheckArgs, Global};
+use crate::config::{self, Configuration, Diagnostics};
+use crate::model::{AllowList, ConnmarkMode, Family, Instance, Pathway};
 
 /// Runs the verb.
-pub(super) fn run(_global: &Global, _args: &CheckArgs) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("not built yet")
+pub(super) fn run(global: &Global, args: &CheckArgs) -> anyhow::Result<ExitCode> {
+    match config::load(&global.config_dir) {
+        Ok(configuration) if args.json => {
+            print_json(&Valid::new(&configuration))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Ok(configuration) => {
+            if !configuration.warnings.is_empty() && !global.quiet {
+                eprintln!("{}\n", super::drawn(&configuration.warnings));
+            }
+            io::stdout().write_all(summary(&configuration).as_bytes())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(mistakes) if args.json => {
+            print_json(&Invalid::new(&global.config_dir, &mistakes))?;
+            Ok(ExitCode::from(2))
+        }
+        Err(mistakes) => Err(mistakes.into()),
+    }
+}
+
+fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value)?;
+    writeln!(out)?;
+    Ok(())
+}
+
+/// `--json` of files without a mistake.
+#[derive(Serialize)]
+struct Valid<'c> {
+    valid: bool,
+    config_dir: &'c Path,
+    pathways: &'c [Pathway],
+    instances: Vec<InstanceAndList<'c>>,
+    allow_list: List<'c>,
+    warnings: &'c Diagnostics,
+}
+
+#[derive(Serialize)]
+struct InstanceAndList<'c> {
+    #[serde(flatten)]
+    instance: &'c Instance,
+    /// Who may connect, from `allow=` or the default list.
+    allowed: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct List<'c> {
+    path: &'c Path,
+    allowed: Vec<String>,
+}
+
+impl<'c> Valid<'c> {
+    fn new(configuration: &'c Configuration) -> Self {
+        let instances = configuration
+            .instances
+            .iter()
+            .map(|instance| InstanceAndList {
+                instance,
+                allowed: prefixes(&configuration.allow_list(instance)),
+            })
+            .collect();
+        Self {
+            valid: true,
+            config_dir: &configuration.directory,
+            pathways: &configuration.pathways,
+            instances,
+            allow_list: List {
+                path: &configuration.default_allow_path,
+                allowed: prefixes(&configuration.default_allow),
+            },
+            warnings: &configuration.warnings,
+        }
+    }
+}
+
+/// `--json` of files with mistakes.
+#[derive(Serialize)]
+struct Invalid<'c> {
+    valid: bool,
+    config_dir: &'c Path,
+    /// How many mistakes; of very many, not all are in the list.
+    errors: usize,
+    mistakes: &'c Diagnostics,
+}
+
+impl<'c> Invalid<'c> {
+    fn new(config_dir: &'c Path, mistakes: &'c Diagnostics) -> Self {
+        Self {
+            valid: false,
+            config_dir,
+            errors: mistakes.errors(),
+            mistakes,
+        }
+    }
+}
+
+/// Addresses bare, networks with their length.
+fn prefixes(list: &AllowList) -> Vec<String> {
+    list.prefixes()
+        .iter()
+        .map(|prefix| {
+            if prefix.prefix_len() == prefix.max_prefix_len() {
+                prefix.addr().to_string()
+            } else {
+                prefix.to_string()
+            }
+        })
+        .collect()
+}
+
+fn summary(configuration: &Configuration) -> String {
+    let Configuration {
+        directory,
+        pathways,
+        instances,
+        default_allow,
+        default_allow_path,
+        ..
+    } = configuration;
+    format!(
+        "{} is valid: {}, {}\n\n{}\n\n{}\n\nallow list {}: {}\n",
+        directory.display(),
+        counted(pathways.len(), "pathway"),
+        counted(instances.len(), "instance"),
+        pathway_table(pathways),
+        instance_table(instances),
+        default_allow_path.display(),
+        prefixes(default_allow).join(", "),
+    )
+}
+
+fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
+fn pathway_table(pathways: &[Pathway]) -> String {
+    let mut table = table([
+        "PATHWAY", "NAME", "TABLE", "PRIORITY", "MASK", "CONNMARK", "TARGETS",
+    ]);
+    for pathway in pathways {
+        let targets: Vec<String> = ["loopback".to_owned()]
+            .into_iter()
+            .chain(pathway.targets.iter().map(ToString::to_string))
+            .collect();
+        table.add_row([
+            pathway.mark.to_string(),
+            pathway.name.clone().unwrap_or_else(|| "-".to_owned()),
+            pathway.table.to_string(),
+            pathway.priority.to_string(),
+            pathway.mask.to_string(),
+            match pathway.connmark {
+                ConnmarkMode::Always => "always",
+                ConnmarkMode::Auto => "auto",
+                ConnmarkMode::Off => "off",
+            }
+            .to_owned(),
+            targets.join(", "),
+        ]);
+    }
+    trimmed(&table)
+}
+
+fn instance_table(instances: &[Instance]) -> String {
+    let mut table = table([
+        "INSTANCE",
+        "PATHWAY",
+        "LISTEN",
+        "IPV4 TARGET",
+        "IPV6 TARGET",
+        "OPTIONS",
+    ]);
+    for instance in instances {
+        let target = |family| {
+            instance
+                .target(family)
+                .map_or_else(|| "-".to_owned(), |target| target.to_string())
+        };
+        table.add_row([
+            instance.name.to_string(),
+            instance.mark.to_string(),
+            format!("{} {}", instance.options.protocol, instance.listen),
+            target(Family::V4),
+            target(Family::V6),
+            instance.options.to_string(),
+        ]);
+    }
+    trimmed(&table)
+}
+
+fn table<const N: usize>(header: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    table
+}
+
+/// The table without the blanks that pad its last column, and its left edge.
+fn trimmed(table: &Table) -> String {
+    let lines: Vec<String> = table
+        .lines()
+        .map(|line| {
+            line.strip_prefix(' ')
+                .unwrap_or(&line)
+                .trim_end()
+                .to_owned()
+        })
+        .collect();
+    lines.join("\n")
 }

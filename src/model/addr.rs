@@ -150,17 +150,33 @@ impl FromStr for ListenAddr {
                 .or_else(|_| text.parse::<SocketAddrV6>().map(SocketAddr::V6))
                 .ok(),
         };
-        match parsed {
-            Some(addr) if addr.port() != 0 => Ok(Self(addr)),
-            Some(_) => Err(ValueError::new(
-                format!("listen address '{text}' has port 0"),
+        let addr = parsed.ok_or_else(|| {
+            ValueError::new(format!("'{text}' is not a listen address"), EXPECTED)
+        })?;
+        match unbindable(addr) {
+            Some(why) => Err(ValueError::new(
+                format!("listen address '{text}' {why}"),
                 EXPECTED,
             )),
-            None => Err(ValueError::new(
-                format!("'{text}' is not a listen address"),
-                EXPECTED,
-            )),
+            None => Ok(Self(addr)),
         }
+    }
+}
+
+/// Why `bind(2)` would refuse a listen address, or not mean what was written; none when it is fine.
+fn unbindable(addr: SocketAddr) -> Option<&'static str> {
+    match addr {
+        _ if addr.port() == 0 => Some("has port 0"),
+        _ if addr.ip().is_multicast() => Some("is multicast"),
+        SocketAddr::V4(v4) if v4.ip().is_broadcast() => Some("is broadcast"),
+        // IPV6_V6ONLY is on: such a bind fails with EINVAL
+        SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_some() => {
+            Some("is an IPv4 address in IPv6 form")
+        }
+        SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() && v6.scope_id() == 0 => {
+            Some("is link-local without its interface's number (%N)")
+        }
+        _ => None,
     }
 }
 
@@ -198,6 +214,11 @@ mod tests {
             "127.0.0.1:0",
             "a:1",
             "1.2.3.4:65536",
+            "224.0.0.1:22",
+            "255.255.255.255:22",
+            "[::ffff:1.2.3.4]:22",
+            "[fe80::1]:22",
+            "[ff02::1]:22",
         ] {
             assert!(bad.parse::<ListenAddr>().is_err(), "{bad}");
         }

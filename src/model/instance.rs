@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::duration::{self, Written};
 use super::{Family, ListenAddr, Mark, TargetAddr, ValueError};
 
 /// The name of an instance: `[A-Za-z0-9][A-Za-z0-9._-]*`, which systemd can carry as `mmproxy@NAME`.
@@ -101,6 +102,16 @@ pub enum UdpHeader {
     Spp,
 }
 
+impl fmt::Display for UdpHeader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Every => "every",
+            Self::First => "first",
+            Self::Spp => "spp",
+        })
+    }
+}
+
 impl FromStr for UdpHeader {
     type Err = ValueError;
 
@@ -128,6 +139,15 @@ pub enum PortPolicy {
     Any,
 }
 
+impl fmt::Display for PortPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Keep => "keep",
+            Self::Any => "any",
+        })
+    }
+}
+
 impl FromStr for PortPolicy {
     type Err = ValueError;
 
@@ -150,11 +170,14 @@ pub struct InstanceOptions {
     pub protocol: Protocol,
     /// `udp-header=`, meaningful for UDP only.
     pub udp_header: UdpHeader,
-    /// `idle-timeout=`: none for TCP, 60 s for UDP unless said.
+    /// `idle-timeout=`: none for TCP, 60 s for UDP unless said; seconds in JSON.
+    #[serde(serialize_with = "duration::serialize_option")]
     pub idle_timeout: Option<Duration>,
-    /// `header-timeout=`: how long a proxy may take to send its header.
+    /// `header-timeout=`: how long a proxy may take to send its header; seconds in JSON.
+    #[serde(serialize_with = "duration::serialize")]
     pub header_timeout: Duration,
-    /// `connect-timeout=`: how long the target may take to answer.
+    /// `connect-timeout=`: how long the target may take to answer; seconds in JSON.
+    #[serde(serialize_with = "duration::serialize")]
     pub connect_timeout: Duration,
     /// `allow=`: an allow list of the instance's own, absolute or relative to the configuration directory.
     pub allow: Option<PathBuf>,
@@ -190,6 +213,53 @@ impl InstanceOptions {
             port: PortPolicy::default(),
             max_connections: None,
         }
+    }
+}
+
+/// The options as instances.tsv has them: what differs from the defaults, comma-separated; empty when nothing does.
+impl fmt::Display for InstanceOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            protocol,
+            udp_header,
+            idle_timeout,
+            header_timeout,
+            connect_timeout,
+            allow,
+            listeners,
+            port,
+            max_connections,
+        } = self;
+        let default = Self::defaults(*protocol);
+        let mut words = Vec::new();
+        if *protocol != Protocol::default() {
+            words.push(format!("protocol={protocol}"));
+        }
+        if *udp_header != default.udp_header {
+            words.push(format!("udp-header={udp_header}"));
+        }
+        if let Some(timeout) = idle_timeout.filter(|_| *idle_timeout != default.idle_timeout) {
+            words.push(format!("idle-timeout={}", Written(timeout)));
+        }
+        if *header_timeout != default.header_timeout {
+            words.push(format!("header-timeout={}", Written(*header_timeout)));
+        }
+        if *connect_timeout != default.connect_timeout {
+            words.push(format!("connect-timeout={}", Written(*connect_timeout)));
+        }
+        if let Some(file) = allow {
+            words.push(format!("allow={}", file.display()));
+        }
+        if let Some(count) = listeners {
+            words.push(format!("listeners={count}"));
+        }
+        if *port != default.port {
+            words.push(format!("port={port}"));
+        }
+        if let Some(count) = max_connections {
+            words.push(format!("max-connections={count}"));
+        }
+        f.write_str(&words.join(","))
     }
 }
 

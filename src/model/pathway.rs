@@ -32,8 +32,13 @@ impl fmt::Display for Mark {
     }
 }
 
-/// A u32 in decimal, or in hexadecimal behind `0x`.
+/// A u32 in decimal, or in hexadecimal behind `0x`. A leading zero is refused: `ip` and go-mmproxy read
+/// `0123` as octal.
 fn parse_u32(text: &str) -> Option<u32> {
+    let octal = |rest: &str| rest.starts_with(|c: char| c.is_ascii_digit());
+    if text.strip_prefix('0').is_some_and(octal) {
+        return None;
+    }
     match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(hex) if !hex.starts_with('+') => u32::from_str_radix(hex, 16).ok(),
         Some(_) => None,
@@ -286,6 +291,8 @@ mod tests {
             "",
             "12a",
             "0x",
+            "0123",
+            "00",
         ] {
             assert!(bad.parse::<Mark>().is_err(), "{bad}");
         }

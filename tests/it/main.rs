@@ -4,4 +4,6 @@
 //! programs (`ip`, `iptables-save`, `conntrack`, the service's own log). A test that lacks root or a
 //! program fails and says what to install.
 
+mod header;
+mod probe;
 mod support;

@@ -1,0 +1,142 @@
+//! The options column of instances.tsv.
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::diagnostics::{Diagnostic, Diagnostics};
+use super::options::Options;
+use super::source::{Source, Word};
+use crate::model::{InstanceOptions, PortPolicy, Protocol, UdpHeader, ValueError, parse_duration};
+
+const OPTIONS: [&str; 9] = [
+    "protocol",
+    "udp-header",
+    "idle-timeout",
+    "header-timeout",
+    "connect-timeout",
+    "allow",
+    "listeners",
+    "port",
+    "max-connections",
+];
+
+/// The most listeners an instance may have: beyond one a core they only cost.
+const MAX_LISTENERS: u32 = 1024;
+
+/// What is less loses clients behind one lost SYN or segment (proxy-protocol.txt, section 2).
+const RECOMMENDED_HEADER_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Reads the column, where there is one: the options, and the file of `allow=` with its place.
+pub(super) fn parse<'s>(
+    source: &'s Source,
+    cell: Option<Word<'s>>,
+    found: &mut Diagnostics,
+) -> (InstanceOptions, Option<(PathBuf, Word<'s>)>) {
+    let words = cell.into_iter().flat_map(|cell| {
+        cell.split(|c| c == ',')
+            .map(move |word| (word.trimmed(), cell))
+    });
+    let given = Options::new(source, words, &OPTIONS, found);
+    let options = read(source, &given, found);
+    let allow = options.allow.clone().zip(given.word("allow"));
+    (options, allow)
+}
+
+fn read(source: &Source, given: &Options<'_>, found: &mut Diagnostics) -> InstanceOptions {
+    let protocol = given.value("protocol", str::parse::<Protocol>, found);
+    let default = InstanceOptions::defaults(protocol.unwrap_or_default());
+    let udp_header = given.value("udp-header", str::parse::<UdpHeader>, found);
+    let header_timeout = given.value("header-timeout", parse_duration, found);
+    let options = InstanceOptions {
+        protocol: default.protocol,
+        udp_header: udp_header.unwrap_or(default.udp_header),
+        idle_timeout: given
+            .value("idle-timeout", parse_duration, found)
+            .or(default.idle_timeout),
+        header_timeout: header_timeout.unwrap_or(default.header_timeout),
+        connect_timeout: given
+            .value("connect-timeout", parse_duration, found)
+            .unwrap_or(default.connect_timeout),
+        allow: given.value("allow", parse_file, found),
+        listeners: given.value("listeners", parse_listeners, found),
+        port: given
+            .value("port", str::parse::<PortPolicy>, found)
+            .unwrap_or(default.port),
+        max_connections: given.value("max-connections", parse_count, found),
+    };
+    // with a protocol= that is itself a mistake, which options fit it is anyone's guess
+    if protocol.is_some() || given.word("protocol").is_none() {
+        check_protocol(source, given, options.protocol, found);
+    }
+    if let Some(word) = given.word("header-timeout")
+        && header_timeout.is_some_and(|timeout| timeout < RECOMMENDED_HEADER_TIMEOUT)
+    {
+        found.push(Diagnostic::warning(
+            source.position(word),
+            "one lost packet of the proxy takes longer than this header-timeout",
+            "at least 3s, as the PROXY protocol recommends",
+        ));
+    }
+    options
+}
+
+fn check_protocol(
+    source: &Source,
+    given: &Options<'_>,
+    protocol: Protocol,
+    found: &mut Diagnostics,
+) {
+    let (strangers, needs): (&[&str], Protocol) = match protocol {
+        Protocol::Tcp => (&["udp-header"], Protocol::Udp),
+        Protocol::Udp => (&["header-timeout", "connect-timeout"], Protocol::Tcp),
+    };
+    for (key, word) in strangers
+        .iter()
+        .filter_map(|key| Some((key, given.word(key)?)))
+    {
+        let complaint = Diagnostic::error(
+            source.position(word),
+            format!("{key}= means nothing for protocol={protocol}"),
+            format!("{key}= with protocol={needs} only"),
+        );
+        found.push(match given.word("protocol") {
+            Some(word) => complaint.with(&source.position(word), "the protocol"),
+            None => complaint,
+        });
+    }
+}
+
+fn parse_file(text: &str) -> Result<PathBuf, ValueError> {
+    if text.is_empty() {
+        return Err(ValueError::new(
+            "allow= names no file",
+            "a file, absolute or beside instances.tsv",
+        ));
+    }
+    Ok(PathBuf::from(text))
+}
+
+fn parse_listeners(text: &str) -> Result<NonZeroU32, ValueError> {
+    parse_count(text)
+        .ok()
+        .filter(|count| count.get() <= MAX_LISTENERS)
+        .ok_or_else(|| {
+            ValueError::new(
+                format!("'{text}' is not a number of listeners"),
+                format!("a number from 1 to {MAX_LISTENERS}"),
+            )
+        })
+}
+
+fn parse_count(text: &str) -> Result<NonZeroU32, ValueError> {
+    text.parse()
+        .ok()
+        .filter(|_| !text.starts_with('+'))
+        .ok_or_else(|| {
+            ValueError::new(
+                format!("'{text}' is not a number of connections"),
+                format!("a number from 1 to {}", u32::MAX),
+            )
+        })
+}
