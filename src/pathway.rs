@@ -1,1 +1,321 @@
-//! Not here yet.
+//! Pathways: the kernel's return roads, as rules, routes and CONNMARK lines.
+//!
+//! | file | owns |
+//! |---|---|
+//! | [`piece`] | one rule, route or line as a value, and as the command that makes it |
+//! | [`plan`], `lines` | pure: what is wanted, and the ordered difference to what is there |
+//! | [`netlink`] | rules and routes through rtnetlink |
+//! | [`firewall`] | the mangle table; its driver for iptables |
+//! | [`host`] | lock, read, diff, apply, read back, verify, undo |
+//!
+//! Must not know: connections, configuration files, how a report is shown.
+
+pub mod firewall;
+pub mod host;
+mod lines;
+pub mod netlink;
+pub mod piece;
+pub mod plan;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::model::{Family, Mark, Pathway};
+
+pub use host::{Error, Options, Report};
+pub use piece::PROTOCOL;
+pub use plan::{Change, Goal, Outcome};
+
+use piece::{FoundRoute, Step};
+use plan::TableTaken;
+
+/// Installs what is missing of these pathways, replaces what the old scripts left, removes what is stale.
+///
+/// Idempotent: with all in place it changes nothing. Established connections survive it. Runs on a
+/// current-thread tokio runtime, in the network namespace of the calling thread.
+///
+/// # Errors
+/// See [`Error`]; what the run had changed is taken back then, or named.
+pub async fn add(wanted: &[Pathway], options: &Options) -> Result<Report, Error> {
+    host::change(Goal::Add, wanted, options).await
+}
+
+/// Removes exactly what is ours of these pathways, and what the old scripts left of them.
+///
+/// # Errors
+/// As [`add`].
+pub async fn del(wanted: &[Pathway], options: &Options) -> Result<Report, Error> {
+    host::change(Goal::Del, wanted, options).await
+}
+
+/// What is missing of these pathways; empty when all is in place.
+///
+/// # Errors
+/// When the kernel cannot be read.
+pub async fn check(wanted: &[Pathway]) -> Result<Vec<Finding>, Error> {
+    let reading = host::read(wanted).await?;
+    let plan = plan::plan(Goal::Add, wanted, &reading.facts, &reading.present);
+    Ok(findings(plan))
+}
+
+fn findings(plan: plan::Plan) -> Vec<Finding> {
+    let taken = plan.conflicts.into_iter().map(|taken| Finding {
+        mark: taken.mark,
+        problem: Problem::TableTaken(taken),
+    });
+    let missing = plan
+        .changes
+        .into_iter()
+        .filter(|change| change.outcome == Outcome::Added)
+        .map(|change| Finding {
+            mark: change.mark,
+            problem: Problem::Missing(change.command),
+        });
+    taken.chain(missing).collect()
+}
+
+/// One thing that keeps a pathway from working.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// The pathway.
+    pub mark: Mark,
+    /// What it is.
+    pub problem: Problem,
+}
+
+/// What can be wrong with a pathway.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Problem {
+    /// A piece is not there; the step that would make it.
+    Missing(Step),
+    /// Its table is another program's.
+    TableTaken(TableTaken),
+}
+
+impl Finding {
+    /// The command that mends it.
+    pub fn fix(&self) -> String {
+        format!("mmproxyctl pathway add {}", self.mark)
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.problem {
+            Problem::TableTaken(taken) => taken.fmt(f),
+            Problem::Missing(step) => match step {
+                Step::AddRule(rule) => write!(f, "{} rule missing: {rule}", rule.family),
+                Step::AddRoute(route) => write!(f, "{} route missing: {route}", route.family),
+                Step::InsertLine(line) => write!(
+                    f,
+                    "{} mangle {} rule missing: {}",
+                    line.family,
+                    line.chain.name(),
+                    line.words
+                ),
+                other => write!(f, "not done: {other}"),
+            },
+        }
+    }
+}
+
+impl Serialize for Finding {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeStruct;
+        let mut finding = to.serialize_struct("Finding", 3)?;
+        finding.serialize_field("mark", &self.mark)?;
+        finding.serialize_field("problem", &self.to_string())?;
+        finding.serialize_field("fix", &self.fix())?;
+        finding.end()
+    }
+}
+
+/// How much of a pathway the kernel holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// All of it, and nothing stale.
+    InPlace,
+    /// All of it, and something that the next `add` will replace or remove.
+    Stale,
+    /// Some of it.
+    Partial,
+    /// None of it.
+    Absent,
+    /// Ours, and no file names it.
+    NotConfigured,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::InPlace => "in place",
+            Self::Stale => "in place, with leftovers",
+            Self::Partial => "incomplete",
+            Self::Absent => "absent",
+            Self::NotConfigured => "in no file",
+        })
+    }
+}
+
+/// One pathway: wanted against what the kernel has.
+#[derive(Debug, Clone, Serialize)]
+pub struct Listed {
+    /// Its mark; unknown for rules and routes of ours that no marked rule explains.
+    pub mark: Option<Mark>,
+    /// Its name, where a file gives one.
+    pub name: Option<String>,
+    /// Its table; unknown where only CONNMARK lines are left.
+    pub table: Option<u32>,
+    /// How much is there.
+    pub state: State,
+    /// How many pieces it wants.
+    pub wanted: usize,
+    /// What is missing.
+    pub missing: Vec<Finding>,
+    /// What the next `add` replaces, adopts or removes, as commands.
+    pub stale: Vec<String>,
+}
+
+/// Every pathway that is wanted, then every one of ours in the kernel that is not.
+///
+/// # Errors
+/// When the kernel cannot be read.
+pub async fn list(wanted: &[Pathway]) -> Result<Vec<Listed>, Error> {
+    let reading = host::read(wanted).await?;
+    let plan::Plan {
+        changes, conflicts, ..
+    } = plan::plan(Goal::Add, wanted, &reading.facts, &reading.present);
+    let mut count = BTreeMap::<Mark, usize>::new();
+    let pieces = plan::Wanted::new(wanted, &reading.facts);
+    for mark in pieces
+        .rules
+        .values()
+        .chain(pieces.routes.values())
+        .copied()
+        .chain(pieces.lines.iter().map(|line| line.mark))
+    {
+        *count.entry(mark).or_default() += 1;
+    }
+    let mut missing = BTreeMap::<Mark, Vec<Finding>>::new();
+    let mut stale = BTreeMap::<Mark, Vec<String>>::new();
+    for change in &changes {
+        if change.outcome != Outcome::Added {
+            let commands = stale.entry(change.mark).or_default();
+            commands.push(change.command.to_string());
+        }
+    }
+    for finding in findings(plan::Plan {
+        changes,
+        conflicts,
+        notes: Vec::new(),
+    }) {
+        missing.entry(finding.mark).or_default().push(finding);
+    }
+    let mut listed: Vec<Listed> = wanted
+        .iter()
+        .map(|pathway| {
+            let mark = pathway.mark;
+            let missing = missing.remove(&mark).unwrap_or_default();
+            let stale = stale.remove(&mark).unwrap_or_default();
+            let wanted = count.get(&mark).copied().unwrap_or_default();
+            Listed {
+                mark: Some(mark),
+                name: pathway.name.clone(),
+                table: Some(pathway.table.get()),
+                state: match (missing.len(), stale.is_empty()) {
+                    (0, true) => State::InPlace,
+                    (0, false) => State::Stale,
+                    (some, _) if some < wanted => State::Partial,
+                    _ => State::Absent,
+                },
+                wanted,
+                missing,
+                stale,
+            }
+        })
+        .collect();
+    listed.extend(not_configured(wanted, &reading.present, &host::our_routes().await?));
+    Ok(listed)
+}
+
+/// What carries our tag and belongs to none of these pathways, by table, then by mark of the lines.
+fn not_configured(
+    wanted: &[Pathway],
+    present: &plan::Present,
+    routes: &[FoundRoute],
+) -> Vec<Listed> {
+    let known: BTreeSet<u32> = plan::tables(wanted, &present.rules)
+        .into_values()
+        .flatten()
+        .collect();
+    let mut marks: BTreeSet<u32> = wanted.iter().map(|pathway| pathway.mark.get()).collect();
+    let mut tables = BTreeMap::<u32, Option<Mark>>::new();
+    for rule in present.rules.iter().filter(|rule| rule.is_ours()) {
+        if !known.contains(&rule.table) {
+            let mark = tables.entry(rule.table).or_default();
+            *mark = mark.or(rule.mark.and_then(|(mark, _)| Mark::new(mark)));
+        }
+    }
+    for route in routes {
+        let (FoundRoute::LocalDefault(piece::Route { table, .. })
+        | FoundRoute::Other { table, .. }) = route;
+        if !known.contains(table) {
+            tables.entry(*table).or_default();
+        }
+    }
+    let entry = |mark: Option<Mark>, table| Listed {
+        mark,
+        name: None,
+        table,
+        state: State::NotConfigured,
+        wanted: 0,
+        missing: Vec::new(),
+        stale: Vec::new(),
+    };
+    let mut listed = Vec::new();
+    for (table, mark) in tables {
+        marks.extend(mark.map(Mark::get));
+        listed.push(entry(mark, Some(table)));
+    }
+    let tags = present
+        .firewall
+        .iter()
+        .flat_map(|ruleset| ruleset.lines())
+        .filter_map(|(_, line)| line.connmark.as_ref()?.tag());
+    for tag in tags.collect::<BTreeSet<_>>() {
+        if !marks.contains(&tag) {
+            listed.push(entry(Mark::new(tag), None));
+        }
+    }
+    listed
+}
+
+impl Report {
+    /// Whether the kernel was, or would be, changed.
+    pub fn changed(&self) -> bool {
+        !self.changes.is_empty()
+    }
+
+    /// Marks of the pathways that something changed for.
+    pub fn changed_marks(&self) -> BTreeSet<Mark> {
+        host::marks(&self.changes)
+    }
+}
+
+/// The family that a step concerns, for a report.
+impl Step {
+    /// The family of the piece.
+    pub fn family(&self) -> Family {
+        match self {
+            Self::AddRule(rule) | Self::DelRule(rule) => rule.family,
+            Self::AddRoute(route) | Self::DelRoute(route) | Self::AdoptRoute { route, .. } => {
+                route.family
+            }
+            Self::InsertLine(line) | Self::DelLine(line) => line.family,
+            Self::DropChain { family, .. } | Self::DropTable { family } => *family,
+        }
+    }
+}

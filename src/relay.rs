@@ -1,3 +1,19 @@
 //! Header → spoofed connection → copy both ways.
+//!
+//! One relay is a few worker threads, each with a single-threaded runtime and its own `SO_REUSEPORT`
+//! listener; a connection lives and dies on one thread. The caller binds the sockets and says when to
+//! stop ([`tcp::Server`]); [`settings::Settings`] is all a relay is told, [`counters`] all it tells.
+//!
+//! One connection: `worker` (accept, limits) → `setup` (allowed proxy? [`header`], `client`, spoofed
+//! connect) → `copy` and `splice` (both ways, half-close, resets).
 
+mod client;
+mod copy;
+pub mod counters;
 pub mod header;
+mod report;
+pub mod settings;
+mod setup;
+mod splice;
+pub mod tcp;
+mod worker;

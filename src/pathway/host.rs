@@ -1,0 +1,451 @@
+//! The one place that brings a plan to the kernel: lock, read, diff, apply, read back, verify, and undo
+//! when any of it fails.
+//!
+//! Must not know: configuration, the relay, how a report is shown.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+use std::time::Duration;
+
+use crate::model::{ConnmarkMode, Family, Mark, Pathway};
+use crate::runtime_dir::{self, RuntimeDir};
+
+use super::firewall::iptables::{self, Tool};
+use super::netlink::{self, Lookup, Netlink, RoutesOf};
+use super::piece::{Chain, FoundRoute, Step};
+use super::plan::{self, Change, Facts, Goal, Plan, Present, TableTaken};
+
+/// Up to this many tables are read one by one; beyond, one dump of everything is cheaper.
+const TABLES_ONE_BY_ONE: usize = 32;
+
+/// Addresses of nobody (RFC 5737, RFC 3849), to ask for the route to "anywhere". No packet is sent.
+const ANYWHERE: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1)),
+];
+
+/// `CAP_NET_ADMIN`, see `capabilities(7)`.
+const CAP_NET_ADMIN: u32 = 12;
+
+/// Why pathways could not be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No `CAP_NET_ADMIN`, or not in the user namespace that owns the network namespace.
+    #[error("reading and changing pathways needs root or CAP_NET_ADMIN")]
+    Denied,
+    /// Another run holds the lock, or the lock cannot be made.
+    #[error("cannot lock the pathways")]
+    Lock(#[from] runtime_dir::Error),
+    /// Rules or routes.
+    #[error(transparent)]
+    Netlink(netlink::Error),
+    /// The mangle table.
+    #[error(transparent)]
+    Firewall(#[from] iptables::Error),
+    /// A file under /proc.
+    #[error("cannot read {path}")]
+    Proc {
+        /// The file.
+        path: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A pathway's table is in use.
+    #[error(transparent)]
+    TableTaken(#[from] TableTaken),
+    /// All was done, and then was not there.
+    #[error("not in place after all was done: {0}")]
+    NotVerified(String),
+    /// It failed half-way, and what the run had changed was taken back.
+    #[error("{changes} changes were taken back")]
+    Undone {
+        /// How many.
+        changes: usize,
+        /// What failed.
+        #[source]
+        source: Box<Error>,
+    },
+    /// It failed half-way, and so did taking back.
+    #[error("what stands although the run failed: {stands}")]
+    Stands {
+        /// The commands whose effect stands.
+        stands: String,
+        /// What failed first.
+        #[source]
+        source: Box<Error>,
+    },
+}
+
+impl From<netlink::Error> for Error {
+    fn from(error: netlink::Error) -> Self {
+        match error.errno() {
+            Some(libc::EPERM) => Self::Denied,
+            _ => Self::Netlink(error),
+        }
+    }
+}
+
+/// How a change is done.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Say what would change, change nothing.
+    pub dry_run: bool,
+    /// Where the lock is.
+    pub runtime_dir: RuntimeDir,
+    /// How long another run may hold it.
+    pub lock_timeout: Duration,
+}
+
+/// What a run changed, or would.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Report {
+    /// The changes, in the order in which they were made.
+    pub changes: Vec<Change>,
+    /// What a person should know about the host.
+    pub notes: Vec<String>,
+}
+
+/// What is there and what it means for these pathways.
+pub(super) struct Reading {
+    pub(super) facts: Facts,
+    pub(super) present: Present,
+    pub(super) notes: Vec<String>,
+}
+
+/// Brings pathways to the goal.
+pub(super) async fn change(
+    goal: Goal,
+    pathways: &[Pathway],
+    options: &Options,
+) -> Result<Report, Error> {
+    let host = Host::open(goal, pathways)?;
+    let lock = || {
+        options
+            .runtime_dir
+            .lock("pathways", options.lock_timeout)
+            .map_err(Error::Lock)
+    };
+    let _lock = (!options.dry_run).then(lock).transpose()?;
+    let reading = host.read(pathways).await?;
+    let plan = plan::plan(goal, pathways, &reading.facts, &reading.present);
+    let mut notes = reading.notes;
+    notes.extend(plan.notes);
+    if let Some(taken) = plan.conflicts.into_iter().next() {
+        return Err(taken.into());
+    }
+    let changes = plan.changes;
+    if !options.dry_run && !changes.is_empty() {
+        let mut done = Vec::new();
+        let outcome = match host.apply(&changes, &mut done).await {
+            Ok(()) => host.verify(goal, pathways, &reading.facts).await,
+            failed => failed,
+        };
+        if let Err(error) = outcome {
+            return Err(host.undo(done, error).await);
+        }
+    }
+    Ok(Report { changes, notes })
+}
+
+/// Reads what is there, without a lock.
+pub(super) async fn read(pathways: &[Pathway]) -> Result<Reading, Error> {
+    Host::open(Goal::Add, pathways)?.read(pathways).await
+}
+
+/// Every route of ours, in whatever table.
+pub(super) async fn our_routes() -> Result<Vec<FoundRoute>, Error> {
+    let netlink = Netlink::open()?;
+    let mut routes = Vec::new();
+    for family in kernel_families() {
+        let of = RoutesOf::Owner(super::PROTOCOL);
+        routes.extend(netlink.routes(family, of).await?);
+    }
+    Ok(routes)
+}
+
+/// The families that the kernel has at all.
+fn kernel_families() -> Vec<Family> {
+    let mut families = vec![Family::V4];
+    if Path::new("/proc/sys/net/ipv6").exists() {
+        families.push(Family::V6);
+    }
+    families
+}
+
+/// A sysctl that is a switch; one that is not there is off.
+fn switch(path: &str) -> Result<bool, Error> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(text.trim() != "0"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(Error::Proc {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+fn require_net_admin() -> Result<(), Error> {
+    let path = "/proc/thread-self/status";
+    let status = fs::read_to_string(path).map_err(|source| Error::Proc {
+        path: path.to_owned(),
+        source,
+    })?;
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok())
+        .unwrap_or(0);
+    if effective & (1 << CAP_NET_ADMIN) == 0 {
+        return Err(Error::Denied);
+    }
+    Ok(())
+}
+
+/// The ways into the kernel.
+struct Host {
+    netlink: Netlink,
+    /// The families the kernel has.
+    families: Vec<Family>,
+    /// The families that pathways are served in.
+    served: Vec<Family>,
+    /// Binaries by family; none where no line is wanted and none is installed.
+    tools: Vec<(Family, Vec<Tool>)>,
+    notes: Vec<String>,
+}
+
+impl Host {
+    fn open(goal: Goal, pathways: &[Pathway]) -> Result<Self, Error> {
+        require_net_admin()?;
+        let families = kernel_families();
+        let mut served = vec![Family::V4];
+        let mut notes = Vec::new();
+        let mut without_v6 =
+            |why: &str| notes.push(format!("{why}: the pathways serve IPv4 only"));
+        // the kernel asks the interface's own switch, and `all` writes through to it
+        if !families.contains(&Family::V6) {
+            without_v6("this kernel runs without IPv6");
+        } else if switch("/proc/sys/net/ipv6/conf/lo/disable_ipv6")? {
+            without_v6("IPv6 is switched off (net.ipv6.conf.lo.disable_ipv6)");
+        } else {
+            served.push(Family::V6);
+        }
+        let wants_lines = goal == Goal::Add
+            && pathways
+                .iter()
+                .any(|pathway| pathway.connmark != ConnmarkMode::Off);
+        let mut tools = Vec::new();
+        for &family in &families {
+            match iptables::tools(family) {
+                Ok(found) => tools.push((family, found)),
+                Err(iptables::Error::Missing { program }) if family == Family::V6 => {
+                    if wants_lines && served.contains(&family) {
+                        without_v6(&format!("{program} is not installed"));
+                        served.retain(|served| *served != family);
+                    }
+                }
+                Err(error @ iptables::Error::Missing { .. }) => {
+                    if pathways.iter().any(Pathway::wants_connmark) && goal == Goal::Add {
+                        return Err(error.into());
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if goal == Goal::Del {
+            notes.clear();
+        }
+        Ok(Self {
+            netlink: Netlink::open()?,
+            families,
+            served,
+            tools,
+            notes,
+        })
+    }
+
+    async fn read(&self, pathways: &[Pathway]) -> Result<Reading, Error> {
+        let mut facts = Facts {
+            families: self.served.clone(),
+            route_localnet: switch("/proc/sys/net/ipv4/conf/all/route_localnet")?,
+            default_route: Vec::new(),
+            own: BTreeSet::new(),
+        };
+        for (family, to) in Family::BOTH.into_iter().zip(ANYWHERE) {
+            if !self.served.contains(&family) {
+                continue;
+            }
+            let lookup = self.netlink.lookup(to).await?;
+            if lookup != Lookup::Unreachable {
+                facts.default_route.push(family);
+            }
+            // the kernel asks the interface that the packet would leave by
+            if let (Family::V4, Lookup::Via(Some(index))) = (family, lookup)
+                && let Ok(name) = nix::net::if_::if_indextoname(index)
+            {
+                let name = name.to_string_lossy();
+                let path = format!("/proc/sys/net/ipv4/conf/{name}/route_localnet");
+                facts.route_localnet |= switch(&path)?;
+            }
+        }
+        for target in pathways.iter().flat_map(|pathway| &pathway.targets) {
+            let single = target.prefix_len() == target.max_prefix_len();
+            if single
+                && self.served.contains(&Family::of(target.addr()))
+                && self.netlink.lookup(target.addr()).await? == Lookup::Local
+            {
+                facts.own.insert(target.addr());
+            }
+        }
+        Ok(Reading {
+            facts,
+            present: self.present(pathways).await?,
+            notes: self.notes.clone(),
+        })
+    }
+
+    async fn present(&self, pathways: &[Pathway]) -> Result<Present, Error> {
+        let mut present = Present::default();
+        for &family in &self.families {
+            let rules = self.netlink.rules(family).await?;
+            present.rules.extend(rules.plain);
+            present.other_lookups.extend(rules.other_lookups);
+        }
+        let tables = plan::tables_to_read(pathways, &present.rules);
+        for &family in &self.families {
+            if tables.len() > TABLES_ONE_BY_ONE {
+                let routes = self.netlink.routes(family, RoutesOf::Everyone).await?;
+                present
+                    .routes
+                    .extend(routes.into_iter().filter(|route| match route {
+                        FoundRoute::LocalDefault(route) => tables.contains(&route.table),
+                        FoundRoute::Other { table, .. } => tables.contains(table),
+                    }));
+                continue;
+            }
+            for &table in &tables {
+                let of = RoutesOf::Table(table);
+                present
+                    .routes
+                    .extend(self.netlink.routes(family, of).await?);
+            }
+        }
+        for (_, tools) in &self.tools {
+            present.firewall.extend(iptables::read(tools).await?);
+        }
+        Ok(present)
+    }
+
+    /// Applies changes in order; `done` holds what was reached, also on failure.
+    async fn apply(&self, changes: &[Change], done: &mut Vec<Step>) -> Result<(), Error> {
+        let steps: Vec<Step> = changes.iter().map(|change| change.command.clone()).collect();
+        for batch in steps.chunk_by(same_transaction) {
+            self.run(batch).await?;
+            done.extend_from_slice(batch);
+        }
+        Ok(())
+    }
+
+    /// One transaction's steps: line steps of one program, or a single step of any other kind.
+    async fn run(&self, batch: &[Step]) -> Result<(), Error> {
+        match batch {
+            [Step::AddRule(rule)] => self.netlink.add_rule(rule).await?,
+            [Step::DelRule(rule)] => self.netlink.del_rule(rule).await?,
+            [Step::AddRoute(route)] => self.netlink.add_route(route).await?,
+            [Step::AdoptRoute { route, .. }] => self.netlink.replace_route(route).await?,
+            [Step::DelRoute(route)] => self.netlink.del_route(route).await?,
+            [Step::DropChain { family, chain, .. }] => drop_chain(*family, *chain)?,
+            [Step::DropTable { family }] => drop_table(*family)?,
+            [Step::InsertLine(line) | Step::DelLine(line), ..] => {
+                let tool = self
+                    .tools
+                    .iter()
+                    .flat_map(|(_, tools)| tools)
+                    .find(|tool| *tool.program() == line.program);
+                if let Some(tool) = tool {
+                    tool.write(batch).await?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Reads back, and plans again with the same facts: nothing may be left to do.
+    async fn verify(&self, goal: Goal, pathways: &[Pathway], facts: &Facts) -> Result<(), Error> {
+        let present = self.present(pathways).await?;
+        let Plan { changes, .. } = plan::plan(goal, pathways, facts, &present);
+        match changes.first() {
+            None => Ok(()),
+            Some(change) => Err(Error::NotVerified(change.command.to_string())),
+        }
+    }
+
+    /// Takes back what was done, last first, and says what could not be.
+    async fn undo(&self, done: Vec<Step>, error: Error) -> Error {
+        if done.is_empty() {
+            return error;
+        }
+        let changes = done.len();
+        let mut stands = Vec::new();
+        let mut back: Vec<Step> = Vec::new();
+        for step in done.iter().rev() {
+            back.extend(step.inverse());
+        }
+        for batch in back.chunk_by(same_transaction) {
+            if let Err(error) = self.run(batch).await {
+                tracing::error!(%error, "cannot take back");
+                stands.extend(batch.iter().filter_map(Step::inverse));
+            }
+        }
+        // chains that came with the lines
+        for step in &done {
+            if let Step::InsertLine(line) = step
+                && line.made.is_some()
+                && let Err(error) = drop_chain(line.family, line.chain)
+                    .and_then(|()| match line.made {
+                        Some(super::piece::Made::Table) => drop_table(line.family),
+                        _ => Ok(()),
+                    })
+            {
+                tracing::error!(%error, "cannot take back");
+            }
+        }
+        let source = Box::new(error);
+        if stands.is_empty() {
+            return Error::Undone { changes, source };
+        }
+        let stands: Vec<_> = stands.iter().map(Step::to_string).collect();
+        Error::Stands {
+            stands: stands.join("; "),
+            source,
+        }
+    }
+}
+
+fn drop_chain(family: Family, chain: Chain) -> Result<(), Error> {
+    // "did not" means that somebody else uses it by now: it is theirs
+    iptables::drop_chain(family, chain)?;
+    Ok(())
+}
+
+fn drop_table(family: Family) -> Result<(), Error> {
+    iptables::drop_table(family)?;
+    Ok(())
+}
+
+fn same_transaction(left: &Step, right: &Step) -> bool {
+    let program = |step: &Step| match step {
+        Step::InsertLine(line) | Step::DelLine(line) => Some(line.program.clone()),
+        _ => None,
+    };
+    program(left).is_some() && program(left) == program(right)
+}
+
+/// Marks that a change touches, for a report.
+pub(super) fn marks(changes: &[Change]) -> BTreeSet<Mark> {
+    changes.iter().map(|change| change.mark).collect()
+}
