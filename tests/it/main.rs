@@ -5,4 +5,5 @@
 //! program fails and says what to install.
 
 mod header;
+mod relay;
 mod support;
