@@ -241,6 +241,13 @@ impl Service {
         })
     }
 
+    /// Fixes the receive buffer of the connections to come.
+    pub(crate) fn receive_buffer(&self, bytes: usize) {
+        SockRef::from(&self.listener)
+            .set_recv_buffer_size(bytes)
+            .expect("SO_RCVBUF");
+    }
+
     /// Whom the service saw next.
     pub(crate) fn peer(&self) -> SocketAddr {
         self.peers

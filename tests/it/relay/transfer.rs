@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use mmproxyctl::relay::settings::Settings;
 
 use super::lab::{Lab, Relay, SOON, Service, exchange, reset, settings};
+use crate::support::net::wait_for;
 
 const GIGABYTE: u64 = 1_000_000_000;
 const BLOCK: usize = 1 << 20;
@@ -90,36 +91,57 @@ fn a_gigabyte_each_way_at_once() {
     assert!(totals.bytes_spliced > GIGABYTE, "{totals:#?}");
 }
 
-/// `splice(socket → pipe)` says EAGAIN when the *pipe* has no slot left, too: many tiny segments take
-/// a slot each. A relay that takes that for an empty socket waits for ever.
+/// `splice(socket → pipe)` says EAGAIN when the *pipe* has no slot left, too. A relay that takes that
+/// for an empty socket waits for a readiness event that never comes: everything has arrived already.
+///
+/// So: the service does not read until the relay is stuck with a full pipe and everything else, more
+/// tiny segments than a pipe has slots, lies in the relay's receive buffer, and nothing is sent after.
 #[test]
-fn tiny_segments_in_bulk_mode_do_not_stall() {
-    const TOTAL: u64 = 2_000_000;
+fn a_pipe_without_a_free_slot_does_not_stall() {
+    const BULK: usize = 600_000;
+    const TINY: usize = 2_000;
+    const TINY_LEN: usize = 50;
+    const TOTAL: usize = BULK + TINY * TINY_LEN;
     let lab = Lab::new();
-    let (report, reports) = channel();
+    // small send buffers, so that the relay gets stuck early; receive buffers that are never tidied up
+    lab.wks.sysctl("net.ipv4.tcp_wmem", "4096 16384 65536");
+    lab.wks.sysctl("net.ipv4.tcp_rmem", "4096 6291456 6291456");
     let (go, gone) = channel::<()>();
     let gone = std::sync::Mutex::new(gone);
     let service = Service::start(&lab.wks, "127.0.0.1:0", move |mut stream| {
-        // lets everything pile up: in the relay's receive buffer the tiny segments stay apart
         gone.lock().unwrap().recv_timeout(SOON).unwrap();
-        report.send(receive(&mut stream)).unwrap();
+        let mut data = vec![0; TOTAL];
+        stream.read_exact(&mut data).unwrap();
+        stream
+            .write_all(&crc32c::crc32c(&data).to_be_bytes())
+            .unwrap();
     });
+    service.receive_buffer(65_536);
     let relay = Relay::start(&lab.wks, settings(&[service.addr]));
     let mut stream = lab.connect(&relay, "192.0.2.7:4000");
-    let mut sender = stream.try_clone().unwrap();
-    let sending = std::thread::spawn(move || {
-        let bulk = send(&mut sender, 1_000_000, &[BLOCK]);
-        let tiny = send(&mut sender, TOTAL - 1_000_000, &[1, 37, 100, 3]);
-        sender.shutdown(Shutdown::Write).unwrap();
-        (bulk, tiny)
-    });
+    let arrived = || {
+        wait_for("all of it in the relay's receive buffer", || {
+            let sockets = lab.vps.run("ss -Htn state established");
+            sockets.split_whitespace().nth(1) == Some("0")
+        });
+    };
+    let noise = noise();
+    stream.write_all(&noise[..BULK]).unwrap();
+    arrived();
     relay.wait("bulk mode", |totals| totals.bytes_spliced > 0);
-    std::thread::sleep(Duration::from_millis(200));
+    for tiny in noise[BULK..TOTAL].chunks(TINY_LEN) {
+        stream.write_all(tiny).unwrap();
+    }
+    arrived();
+    let passed = relay.totals().bytes_to_target;
+    assert!(passed < BULK as u64, "the relay is not stuck: {passed}");
     go.send(()).unwrap();
-    let (bulk, tiny) = sending.join().unwrap();
-    let expected = crc32c::crc32c_combine(bulk, tiny, 1_000_000);
-    assert_eq!(reports.recv_timeout(SOON).unwrap(), (TOTAL, expected));
-    assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
+    let mut checksum = [0; 4];
+    stream.read_exact(&mut checksum).unwrap();
+    assert_eq!(
+        u32::from_be_bytes(checksum),
+        crc32c::crc32c(&noise[..TOTAL])
+    );
 }
 
 /// From bulk to small exchanges and back, on one connection.
