@@ -19,7 +19,7 @@ pub(super) fn run(global: &Global, args: &CheckArgs) -> anyhow::Result<ExitCode>
             Ok(ExitCode::SUCCESS)
         }
         Ok(configuration) => {
-            if !configuration.warnings.is_empty() && !global.quiet {
+            if !configuration.warnings.is_empty() {
                 eprintln!("{}\n", super::drawn(&configuration.warnings));
             }
             io::stdout().write_all(summary(&configuration).as_bytes())?;
@@ -48,7 +48,8 @@ struct Valid<'c> {
     pathways: &'c [Pathway],
     instances: Vec<InstanceAndList<'c>>,
     allow_list: List<'c>,
-    warnings: &'c Diagnostics,
+    errors: usize,
+    diagnostics: &'c Diagnostics,
 }
 
 #[derive(Serialize)]
@@ -84,7 +85,8 @@ impl<'c> Valid<'c> {
                 path: &configuration.default_allow_path,
                 allowed: prefixes(&configuration.default_allow),
             },
-            warnings: &configuration.warnings,
+            errors: 0,
+            diagnostics: &configuration.warnings,
         }
     }
 }
@@ -94,9 +96,9 @@ impl<'c> Valid<'c> {
 struct Invalid<'c> {
     valid: bool,
     config_dir: &'c Path,
-    /// How many mistakes; of very many, not all are in the list.
+    /// How many mistakes; of very many, not all are in the list, which has the warnings too.
     errors: usize,
-    mistakes: &'c Diagnostics,
+    diagnostics: &'c Diagnostics,
 }
 
 impl<'c> Invalid<'c> {
@@ -105,7 +107,7 @@ impl<'c> Invalid<'c> {
             valid: false,
             config_dir,
             errors: mistakes.errors(),
-            mistakes,
+            diagnostics: mistakes,
         }
     }
 }

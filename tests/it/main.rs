@@ -5,6 +5,7 @@
 //! program fails and says what to install.
 
 mod chain;
+mod config;
 mod header;
 mod probe;
 mod support;
