@@ -11,6 +11,7 @@
 //! | [`socket`] | every socket option there is | connections |
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
+//! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
 //! | [`runtime_dir`] | lock files, named by instance and network namespace | what they protect |
 //!
 //! Dependencies run one way: `commands → {config, pathway, relay} → {socket, model}`; pathway and relay
@@ -27,6 +28,7 @@
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod demo;
 pub mod model;
 pub mod pathway;
 pub mod relay;

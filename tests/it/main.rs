@@ -6,6 +6,8 @@
 
 mod chain;
 mod config;
+mod demo;
 mod header;
 mod probe;
 mod support;
+mod systemd;
