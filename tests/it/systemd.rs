@@ -77,6 +77,16 @@ impl Systemd {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
+    /// Waits until units run; at the first that failed, shows what it said.
+    fn wait_active(&self, units: &[&str]) {
+        wait_for(&format!("{units:?} to be active"), || {
+            let words = format!("systemctl is-active {}", units.join(" "));
+            let states = String::from_utf8(self.try_run(&words).stdout).expect("UTF-8");
+            assert!(!states.contains("failed"), "{states}{}", self.journal());
+            states.lines().all(|state| state == "active")
+        });
+    }
+
     /// A property of a unit.
     fn show(&self, unit: &str, property: &str) -> String {
         self.run(&format!("systemctl show --value -p {property} {unit}"))
@@ -130,16 +140,11 @@ fn units_carry_connections_and_clean_up() {
     // at boot: enabled, then pulled in by the target
     systemd.run("systemctl enable mmproxy-pathways mmproxy@vps01-ssh mmproxy@router01-ssh");
     systemd.run("systemctl start multi-user.target");
-    wait_for("the relays to be active", || {
-        let states = systemd
-            .try_run("systemctl is-active mmproxy-pathways mmproxy@vps01-ssh mmproxy@router01-ssh");
-        assert!(
-            !systemd.journal().contains("Failed"),
-            "{}",
-            systemd.journal()
-        );
-        states.stdout == b"active\nactive\nactive\n"
-    });
+    systemd.wait_active(&[
+        "mmproxy-pathways",
+        "mmproxy@vps01-ssh",
+        "mmproxy@router01-ssh",
+    ]);
 
     for (port, (client, address)) in (44000..).zip(CLIENT.into_iter().zip(VPS01)) {
         let session = sshd.login(&lab.client, address, 22001, Some((client, port)));

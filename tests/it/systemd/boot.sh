@@ -36,6 +36,8 @@ for node in null zero full random urandom tty; do
     mount --bind /dev/$node dev/$node
 done
 mkdir dev/pts dev/shm
+mount -t devpts -o newinstance,ptmxmode=666 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
 mount -t tmpfs -o mode=1777 shm dev/shm
 ln -s /proc/self/fd dev/fd
 
@@ -44,6 +46,10 @@ rm -rf etc/systemd/system etc/systemd/*.conf.d etc/modules-load.d etc/fstab etc/
 for wants in usr/lib/systemd/system/*.wants lib/systemd/system/*.wants; do rm -rf "$wants"; done
 mkdir -p etc/systemd/system etc/mmproxy
 ln -s /lib/systemd/system/basic.target etc/systemd/system/default.target
+mkdir etc/systemd/system/sockets.target.wants
+for socket in systemd-journald systemd-journald-dev-log; do
+    ln -s /lib/systemd/system/$socket.socket etc/systemd/system/sockets.target.wants/
+done
 echo lab >etc/hostname
 : >etc/machine-id
 
@@ -57,4 +63,4 @@ mkdir .old
 pivot_root . .old
 umount -l .old
 exec env -i container=lab PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-    /lib/systemd/systemd --system --log-target=console --show-status=no
+    /lib/systemd/systemd --system --log-target=journal --show-status=no
