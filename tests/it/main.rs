@@ -9,5 +9,7 @@ mod config;
 mod demo;
 mod header;
 mod probe;
+#[cfg(feature = "soak")]
+mod soak;
 mod support;
 mod systemd;

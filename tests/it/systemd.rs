@@ -153,7 +153,7 @@ fn units_carry_connections_and_clean_up() {
         session.close();
     }
 
-    // no root, and exactly the two capabilities
+    // no root, and exactly the three capabilities of the unit
     let pid = systemd.show(RELAY, "MainPID");
     let status = systemd.run(&format!("cat /proc/{pid}/status"));
     let field = |name: &str| {
@@ -166,9 +166,10 @@ fn units_carry_connections_and_clean_up() {
     };
     assert_ne!(field("Uid:"), "0", "{status}");
     assert_eq!(field("NoNewPrivs:"), "1");
-    let net_admin_and_bind = format!("{:016x}", 1 << 12 | 1 << 10);
+    // CAP_NET_RAW, CAP_NET_ADMIN, CAP_NET_BIND_SERVICE
+    let wanted = format!("{:016x}", 1 << 13 | 1 << 12 | 1 << 10);
     for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
-        assert_eq!(field(set), net_admin_and_bind, "{set}");
+        assert_eq!(field(set), wanted, "{set}");
     }
 
     // one relay goes, the runtime directory stays for the other, and the other for its clients
@@ -208,6 +209,34 @@ fn units_carry_connections_and_clean_up() {
 fn the_relay_unit_stays_hardened() {
     let host = Host::new("wks01");
     let systemd = Systemd::boot(&host);
-    // systemd's own measure, 10 is unprotected; what is left is the network and the two capabilities
+    // systemd's own measure, 10 is unprotected; what is left is the network and its capabilities
     systemd.run("systemd-analyze security --no-pager --threshold=25 mmproxy@vps01-ssh.service");
+}
+
+#[test]
+fn units_work_with_iptables_legacy() {
+    let host = Host::new("wks01");
+    host.address("lo", "100.101.102.123/32");
+    let systemd = Systemd::boot(&host);
+    for name in [
+        "iptables",
+        "iptables-save",
+        "iptables-restore",
+        "ip6tables",
+        "ip6tables-save",
+        "ip6tables-restore",
+    ] {
+        systemd.run(&format!("ln -sf xtables-legacy-multi /usr/sbin/{name}"));
+    }
+    systemd.run("systemctl start mmproxy-pathways mmproxy@vps01-ssh");
+    assert_eq!(systemd.show(RELAY, "ActiveState"), "active");
+    let connmark_lines = || {
+        ["iptables-legacy-save", "ip6tables-legacy-save"]
+            .map(|save| host.run(save).matches("-j CONNMARK").count())
+    };
+    assert_eq!(connmark_lines(), [6, 6]);
+    assert_eq!(host.run("iptables-nft-save").matches("CONNMARK").count(), 0);
+    systemd.run("systemctl stop mmproxy-pathways");
+    assert_eq!(systemd.show(RELAY, "ActiveState"), "inactive");
+    assert_eq!(connmark_lines(), [0, 0]);
 }
