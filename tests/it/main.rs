@@ -6,7 +6,11 @@
 
 mod chain;
 mod config;
+mod demo;
 mod header;
 mod probe;
 mod relay;
+#[cfg(feature = "soak")]
+mod soak;
 mod support;
+mod systemd;
