@@ -12,6 +12,7 @@
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
 //! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
+//! | [`control`] | the Unix socket of a running process: framing, limits, who may ask | what a request leads to |
 //! | [`logging`] | which log lines are written, and in which form | who writes them |
 //! | [`runtime_dir`] | lock files, named by instance and network namespace | what they protect |
 //!
@@ -29,6 +30,7 @@
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod control;
 pub mod demo;
 pub mod logging;
 pub mod model;
