@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::counters::{Counters, Totals};
+use super::report::Limiter;
 use super::settings::Settings;
 use super::worker::{Common, Worker, accept_from};
 use super::workers::{Shared, Workers};
@@ -77,6 +78,7 @@ impl Server {
             common: Arc::new(Common {
                 settings: ArcSwap::from_pointee(settings),
                 counters: chosen.iter().map(|_| Arc::default()).collect(),
+                limiter: Limiter::default(),
             }),
             listeners: Mutex::new(listeners),
             ended: tokio::sync::Mutex::new(ended),

@@ -43,14 +43,14 @@ pub(super) struct Common {
     pub(super) settings: ArcSwap<Settings>,
     /// Every worker's counters, for limits that hold for all of them together.
     pub(super) counters: Vec<Arc<Counters>>,
+    pub(super) limiter: Limiter,
 }
 
 /// What the connections of one relay on one thread share.
 pub(super) struct Worker {
     pub(super) shared: Rc<Shared>,
-    common: Arc<Common>,
+    pub(super) common: Arc<Common>,
     pub(super) counters: Arc<Counters>,
-    pub(super) limiter: Limiter,
     /// Names the instance in every line about a connection.
     span: Span,
     empty: Notify,
@@ -67,7 +67,6 @@ impl Worker {
             shared,
             common,
             counters,
-            limiter: Limiter::default(),
             span,
             empty: Notify::new(),
         })
@@ -141,7 +140,7 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
                     worker.counters.accept_pauses.add(1);
                     if pause == FIRST_PAUSE {
                         let _named = worker.span.enter();
-                        worker.limiter.warn_about_listener(
+                        worker.common.limiter.warn_about_listener(
                             &listener,
                             &format_args!("accepting pauses: {error}: raise LimitNOFILE or set max-connections"),
                         );
@@ -184,7 +183,7 @@ fn adopt(worker: &Rc<Worker>, client: TcpStream, peer: SocketAddr) {
     let Some(live) = Live::new(worker) else {
         let _named = worker.span.enter();
         worker.counters.refuse(Refusal::TooManyConnections);
-        worker.limiter.warn(
+        worker.common.limiter.warn(
             Subject::Refused(Refusal::TooManyConnections),
             proxy,
             None,
