@@ -13,5 +13,6 @@ mod relay;
 #[cfg(feature = "soak")]
 mod soak;
 mod supervisor;
+mod supervisor_systemd;
 mod support;
 mod systemd;
