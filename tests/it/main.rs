@@ -9,6 +9,7 @@ mod config;
 mod demo;
 mod header;
 mod probe;
+mod relay;
 #[cfg(feature = "soak")]
 mod soak;
 mod support;
