@@ -180,13 +180,16 @@ fn tells_systemd_when_it_is_ready_and_stops() {
     command.env("NOTIFY_SOCKET", &path);
     let mut relay = rig.wks.spawn(command);
     let mut message = [0; 256];
-    let length = systemd.recv(&mut message).unwrap();
-    assert_eq!(&message[..length], b"READY=1\n");
+    let mut next = || {
+        let length = systemd.recv(&mut message).unwrap();
+        String::from_utf8_lossy(&message[..length]).into_owned()
+    };
+    assert_eq!(next(), "FDSTORE=1\nFDNAME=echo\n");
+    assert_eq!(next(), "READY=1\nSTATUS=relaying 1 of 1 instances\n");
     // ready means that connections are accepted
     drop(rig.dial());
     relay.signal(Signal::SIGTERM);
-    let length = systemd.recv(&mut message).unwrap();
-    assert_eq!(&message[..length], b"STOPPING=1\n");
+    assert_eq!(next(), "STOPPING=1\n");
     assert_eq!(relay.wait(SOON).code(), Some(0));
 }
 
