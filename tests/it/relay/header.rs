@@ -136,7 +136,11 @@ fn headers_that_announce_datagrams_are_refused() {
     let relay = Relay::start(&lab.wks, settings(&[service.addr]));
     let client4: SocketAddr = "192.0.2.7:4000".parse().unwrap();
     let client6: SocketAddr = "[2001:db8:7::7]:4000".parse().unwrap();
-    let unix = [b"\r\n\r\n\0\r\nQUIT\n\x21\x32\x00\xd8".as_slice(), &[0; 216]].concat();
+    let unix = [
+        b"\r\n\r\n\0\r\nQUIT\n\x21\x32\x00\xd8".as_slice(),
+        &[0; 216],
+    ]
+    .concat();
     let headers = [
         V2::proxied(client4, client4, Transport::Datagram).finish(),
         V2::proxied(client6, client6, Transport::Datagram).finish(),
