@@ -13,5 +13,6 @@ mod probe;
 mod relay;
 #[cfg(feature = "soak")]
 mod soak;
+mod supervisor;
 mod support;
 mod systemd;

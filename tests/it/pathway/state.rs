@@ -89,7 +89,11 @@ fn the_kernel_holds_the_scheme() {
 
 #[test]
 fn add_twice_del_twice() {
-    for host in [Host::new("bare"), lived_in("lived-in")] {
+    let hosts = [
+        ("bare", Host::new("bare")),
+        ("lived-in", lived_in("lived-in")),
+    ];
+    for (name, host) in hosts {
         let pathways = [
             pathway(123, &["10.0.0.2", "172.17.0.0/16", "fd00::2"]),
             // beyond what eight bits of table and mark can hold
@@ -100,11 +104,11 @@ fn add_twice_del_twice() {
         let added = listing(&host);
         assert_ne!(before, added);
         let second = add(&host, &pathways);
-        assert_eq!(second.changes, [], "{}", host.name());
+        assert_eq!(second.changes, [], "{name}");
         assert_same(&listing(&host), &added, "listing");
         assert!(inside(&host, async || check(&pathways).await.unwrap()).is_empty());
         assert!(del(&host, &pathways).changed());
-        assert_same(&listing(&host), &before, host.name());
+        assert_same(&listing(&host), &before, name);
         assert_eq!(del(&host, &pathways).changes, []);
         assert_same(&listing(&host), &before, "listing");
     }
