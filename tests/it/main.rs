@@ -14,5 +14,6 @@ mod relay;
 #[cfg(feature = "soak")]
 mod soak;
 mod supervisor;
+mod supervisor_systemd;
 mod support;
 mod systemd;
