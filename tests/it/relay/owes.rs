@@ -1,7 +1,6 @@
 //! What the relay owes the routing scheme, point by point.
 
 use std::io::Write;
-use std::net::TcpStream;
 
 use mmproxyctl::model::{ClientAddr, Mark, PortPolicy, TargetAddr};
 use mmproxyctl::relay::counters::Refusal;
@@ -10,8 +9,8 @@ use mmproxyctl::relay::settings::Settings;
 use mmproxyctl::socket::{self, Spoof, SpoofError};
 
 use super::lab::{
-    Lab, MARK, Relay, SOON, Service, announce, announce_v1, assert_closed, exchange,
-    install_pathway, settings, sockets_to,
+    Lab, MARK, Relay, Service, announce, announce_v1, assert_closed, exchange, install_pathway,
+    settings, sockets_to,
 };
 use crate::support::net::{Host, wait_for};
 
