@@ -15,6 +15,8 @@ mod relay;
 #[cfg(feature = "soak")]
 mod soak;
 mod supervisor;
+#[cfg(feature = "soak")]
+mod supervisor_soak;
 mod supervisor_systemd;
 mod support;
 mod systemd;

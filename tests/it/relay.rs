@@ -4,5 +4,6 @@ mod header;
 mod lab;
 mod limits;
 mod owes;
+mod ports;
 mod run;
 mod transfer;
