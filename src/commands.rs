@@ -11,7 +11,7 @@ mod reload;
 mod run;
 mod upgrade;
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
@@ -61,17 +61,28 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Probe(args) => probe::run(&global, args),
         Command::Demo(args) => demo::run(&global, args),
         Command::Completions(args) => {
-            clap_complete::generate(
-                args.shell,
-                &mut Cli::command(),
-                "mmproxyctl",
-                &mut io::stdout(),
-            );
+            // into memory first: the generator panics where stdout is closed or full
+            let mut script = Vec::new();
+            clap_complete::generate(args.shell, &mut Cli::command(), "mmproxyctl", &mut script);
+            io::stdout().write_all(&script)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Man => {
-            clap_mangen::Man::new(Cli::command()).render(&mut io::stdout())?;
+            let mut command = Cli::command();
+            command.build();
+            man(command, &mut io::stdout())?;
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// The page of a command and, behind it, those of its subcommands, to which it refers by name.
+fn man(command: clap::Command, out: &mut impl Write) -> io::Result<()> {
+    let children: Vec<_> = command.get_subcommands().cloned().collect();
+    clap_mangen::Man::new(command).render(out)?;
+    let shown = |child: &clap::Command| !child.is_hide_set() && child.get_name() != "help";
+    children
+        .into_iter()
+        .filter(shown)
+        .try_for_each(|child| man(child, out))
 }

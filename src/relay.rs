@@ -16,6 +16,7 @@ mod report;
 pub mod settings;
 mod setup;
 mod splice;
+mod spread;
 pub mod tcp;
 mod worker;
 pub mod workers;

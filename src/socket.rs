@@ -3,6 +3,8 @@
 //! Owns: which options a socket gets, in which order, and what the kernel's answers to them mean.
 //! Must not know: connections as a whole, counters, log lines.
 
+mod ephemeral;
+
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::num::NonZeroUsize;
@@ -268,29 +270,21 @@ pub enum SpoofError {
 /// When the socket cannot be made, or its source address would not be the client's. A target that
 /// does not answer or refuses is seen later, on the socket.
 pub fn spoofed_tcp(spoof: &Spoof) -> Result<Spoofed, SpoofError> {
-    let port = match spoof.port {
+    let wanted = match spoof.port {
         PortPolicy::Keep => spoof.client.port(),
         PortPolicy::Any => 0,
     };
-    let (socket, port_given_up) = match begin(spoof, port) {
-        // bind: EADDRINUSE beside a listener on that port, EACCES below 1024 without
-        // CAP_NET_BIND_SERVICE; connect: EADDRNOTAVAIL where the very same tuple is alive
-        Err(SpoofError::Failed(failure))
-            if port != 0
-                && matches!(
-                    failure.errno(),
-                    Some(Errno::EADDRINUSE | Errno::EADDRNOTAVAIL | Errno::EACCES)
-                ) =>
-        {
-            (begin(spoof, 0)?, true)
+    let mut way = SourcePort::best(wanted);
+    let socket = loop {
+        match (begin(spoof, way), way.otherwise()) {
+            (Err(SpoofError::Failed(failure)), Some(next)) if way.is_barred(&failure) => way = next,
+            (outcome, _) => break outcome?,
         }
-        outcome => (outcome?, false),
     };
-    let got = socket
+    let local = socket
         .local_addr()
-        .map_err(|error| SpoofError::Failed(Failure::at("read the source address")(error)))?
-        .ip()
-        .to_canonical();
+        .map_err(|error| SpoofError::Failed(Failure::at("read the source address")(error)))?;
+    let got = local.ip().to_canonical();
     // bind() to 0.0.0.0, multicast and broadcast succeeds, and connect() then takes an address of
     // the host: whoever gets past the checks must still not become somebody else
     if got != spoof.client.ip() {
@@ -302,11 +296,54 @@ pub fn spoofed_tcp(spoof: &Spoof) -> Result<Spoofed, SpoofError> {
     }
     Ok(Spoofed {
         socket,
-        port_given_up,
+        port_given_up: wanted != 0 && local.port() != wanted,
     })
 }
 
-fn begin(spoof: &Spoof, port: u16) -> Result<TcpStream, SpoofError> {
+/// How a spoofed connection comes by its source port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SourcePort {
+    /// `connect()` may choose this one only, which leaves it to the host's own connections, too.
+    Shared(u16),
+    /// Bound: a tuple in TIME_WAIT can be used again at once.
+    Bound(u16),
+    /// As `connect()` chooses.
+    Any,
+}
+
+impl SourcePort {
+    fn best(wanted: u16) -> Self {
+        match wanted {
+            0 => Self::Any,
+            port if ephemeral::contains(port) => Self::Shared(port),
+            port => Self::Bound(port),
+        }
+    }
+
+    fn otherwise(self) -> Option<Self> {
+        match self {
+            Self::Shared(port) => Some(Self::Bound(port)),
+            Self::Bound(_) => Some(Self::Any),
+            Self::Any => None,
+        }
+    }
+
+    /// Whether a failure is about the port, or about this way to it.
+    ///
+    /// Shared, connect: EADDRNOTAVAIL beside anybody bound to that port, where the tuple is alive, and
+    /// for the first second of its TIME_WAIT; ENOPROTOOPT on an old kernel. Bound, bind: EADDRINUSE
+    /// beside a listener on that port, EACCES below 1024 without CAP_NET_BIND_SERVICE; connect:
+    /// EADDRNOTAVAIL where the tuple is alive.
+    fn is_barred(self, failure: &Failure) -> bool {
+        match failure.errno() {
+            Some(Errno::EADDRINUSE | Errno::EADDRNOTAVAIL | Errno::EACCES) => true,
+            Some(Errno::ENOPROTOOPT) => matches!(self, Self::Shared(_)),
+            _ => false,
+        }
+    }
+}
+
+fn begin(spoof: &Spoof, port: SourcePort) -> Result<TcpStream, SpoofError> {
     begin_unchecked(spoof, port).map_err(|error| match error {
         Begin::Failed(failure) => SpoofError::Failed(failure),
         Begin::Broadcast => SpoofError::Broadcast(spoof.client.ip()),
@@ -324,9 +361,13 @@ impl From<Failure> for Begin {
     }
 }
 
-fn begin_unchecked(spoof: &Spoof, port: u16) -> Result<TcpStream, Begin> {
+fn begin_unchecked(spoof: &Spoof, port: SourcePort) -> Result<TcpStream, Begin> {
     let ip = spoof.client.ip();
-    let source = SockAddr::from(SocketAddr::new(ip, port));
+    let bound = match port {
+        SourcePort::Bound(port) => port,
+        SourcePort::Shared(_) | SourcePort::Any => 0,
+    };
+    let source = SockAddr::from(SocketAddr::new(ip, bound));
     let socket = Socket::new(
         Domain::for_address(spoof.client.get()),
         Type::STREAM.nonblocking(),
@@ -337,11 +378,14 @@ fn begin_unchecked(spoof: &Spoof, port: u16) -> Result<TcpStream, Begin> {
     socket
         .set_reuse_address(true)
         .map_err(Failure::at("set SO_REUSEADDR"))?;
-    if port == 0 {
+    if bound == 0 {
         // the port is chosen at connect, per target: a plain bind to port 0 would take the port away
         // from all of the host's own connections
         setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)
             .map_err(|errno| Failure::at("set IP_BIND_ADDRESS_NO_PORT")(errno.into()))?;
+    }
+    if let SourcePort::Shared(port) = port {
+        ephemeral::keep_to(&socket, port).map_err(Failure::at("set IP_LOCAL_PORT_RANGE"))?;
     }
     // Whether an address is local is asked anew for each connection, because addresses change at run
     // time: without IP_TRANSPARENT bind() to any other address fails, before it looks at the port,

@@ -20,7 +20,7 @@ use tracing::{debug, trace};
 use super::client;
 use super::copy::{First, Pair};
 use super::counters::Refusal;
-use super::header::{self, Decoded, Endpoints, HeaderError};
+use super::header::{self, Decoded, Endpoints, HeaderError, Transport};
 use super::report::{self, ConnectError, Subject};
 use super::worker::Worker;
 use crate::model::{ClientAddr, ProxyAddr, TargetAddr};
@@ -223,6 +223,12 @@ fn judge(worker: &Worker, proxy: ProxyAddr, received: &[u8]) -> Verdict {
     }
     let (client, surplus) = match header::decode(received) {
         Ok(Decoded::Incomplete) => return Verdict::Incomplete,
+        // a client of the proxy's UDP side on a TCP connection: the proxy mixes up its own services
+        Ok(Decoded::Complete { header, .. }) if header.transport == Transport::Datagram => {
+            let message = "refused: the PROXY header announces datagrams (DGRAM), and this instance relays TCP";
+            refuse(worker, Refusal::BadHeader, proxy, None, message);
+            return Verdict::Refused;
+        }
         Ok(Decoded::Complete { header, length }) => {
             let client = match header.endpoints {
                 Endpoints::Proxied { client, .. } => client,

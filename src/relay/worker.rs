@@ -25,6 +25,7 @@ use super::counters::{Counters, Refusal};
 use super::report::{Limiter, Subject};
 use super::settings::Settings;
 use super::setup::{self, Begun, Ready, Slow};
+use super::spread::{Accepted, Spread};
 use super::workers::Shared;
 use crate::model::ProxyAddr;
 use crate::socket;
@@ -44,6 +45,7 @@ pub(super) struct Common {
     /// Every worker's counters, for limits that hold for all of them together.
     pub(super) counters: Vec<Arc<Counters>>,
     pub(super) limiter: Limiter,
+    pub(super) spread: Spread,
 }
 
 /// What the connections of one relay on one thread share.
@@ -51,22 +53,22 @@ pub(super) struct Worker {
     pub(super) shared: Rc<Shared>,
     pub(super) common: Arc<Common>,
     pub(super) counters: Arc<Counters>,
+    number: usize,
     /// Names the instance in every line about a connection.
     span: Span,
     empty: Notify,
 }
 
 impl Worker {
-    pub(super) fn new(
-        shared: Rc<Shared>,
-        common: Arc<Common>,
-        counters: Arc<Counters>,
-    ) -> Rc<Self> {
+    /// The worker of this number among those of its relay.
+    pub(super) fn new(shared: Rc<Shared>, common: Arc<Common>, number: usize) -> Rc<Self> {
+        let counters = Arc::clone(&common.counters[number]);
         let span = info_span!("relay", instance = %common.settings.load().name);
         Rc::new(Self {
             shared,
             common,
             counters,
+            number,
             span,
             empty: Notify::new(),
         })
@@ -94,10 +96,19 @@ impl Worker {
 
     /// Whether one more connection may be open; read like [`Worker::may_wait`].
     fn may_open(&self) -> bool {
-        self.settings().max_connections.is_none_or(|max| {
-            let open: u64 = self.common.counters.iter().map(|of| of.active.get()).sum();
-            open < u64::from(max.get())
-        })
+        self.settings()
+            .max_connections
+            .is_none_or(|max| self.common.spread.open() < u64::from(max.get()))
+    }
+
+    /// Takes a connection that another worker handed over.
+    pub(super) fn take_over(self: &Rc<Self>, accepted: Accepted) {
+        self.common.spread.arrived(self.number);
+        let Accepted { socket, peer } = accepted;
+        match TcpStream::from_std(socket) {
+            Ok(client) => adopt(self, client, peer),
+            Err(error) => debug!(proxy.addr = %peer, %error, "cannot watch a connection"),
+        }
     }
 
     fn shared(&self) -> copy::Shared<'_> {
@@ -113,7 +124,7 @@ impl Worker {
 
 /// Accepts until the listener itself fails; everything else is survived.
 ///
-/// Cancel-safe: a connection is taken off the queue and spawned without a wait between.
+/// Cancel-safe: a connection is taken off the queue and spawned, or handed over, without a wait between.
 pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io::Error {
     let listener = match tokio::net::TcpListener::from_std(listener) {
         Ok(listener) => listener,
@@ -125,7 +136,10 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
         match listener.accept().await {
             Ok((client, peer)) => {
                 pause = FIRST_PAUSE;
-                adopt(&worker, client, peer);
+                match worker.common.spread.elsewhere(worker.number) {
+                    None => adopt(&worker, client, peer),
+                    Some(to) => hand_over(&worker, to, client, peer),
+                }
                 in_a_row += 1;
                 if in_a_row >= ACCEPTS_PER_TURN {
                     in_a_row = 0;
@@ -174,6 +188,24 @@ impl Trouble {
             ) => Self::Listener,
             _ => Self::Connection,
         }
+    }
+}
+
+/// Gives a connection to another worker, or keeps it where that one drains already.
+fn hand_over(worker: &Rc<Worker>, to: usize, client: TcpStream, peer: SocketAddr) {
+    let kept = match client.into_std() {
+        Ok(socket) => worker.common.spread.send(to, Accepted { socket, peer }),
+        Err(error) => {
+            debug!(proxy.addr = %peer, %error, "cannot hand a connection over");
+            return;
+        }
+    };
+    let Err(Accepted { socket, peer }) = kept else {
+        return;
+    };
+    match TcpStream::from_std(socket) {
+        Ok(client) => adopt(worker, client, peer),
+        Err(error) => debug!(proxy.addr = %peer, %error, "cannot watch a connection"),
     }
 }
 
