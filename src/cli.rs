@@ -1,12 +1,13 @@
 //! What can be typed: clap definitions only.
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use crate::model::parse_duration;
+use crate::model::{ValueError, parse_duration};
 
 /// Lets services behind a PROXY-protocol sender see their real clients: kernel pathways and relays.
 #[derive(Debug, Parser)]
@@ -38,7 +39,7 @@ pub struct Global {
     /// How logs are written on stderr
     #[arg(long, global = true, value_name = "FORMAT", default_value = "auto")]
     pub log_format: LogFormat,
-    /// Say more: -v each connection (go-mmproxy's -v 1), -vv everything (its -v 2)
+    /// Say more: -v the errors of single connections (go-mmproxy's -v 1), -vv every change of their state (its -v 2)
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
     /// Say warnings and errors only
@@ -144,6 +145,22 @@ pub struct RunArgs {
     /// The instance, as named in instances.tsv
     #[arg(value_name = "INSTANCE")]
     pub instance: String,
+    /// Start although the pathway may not be in place
+    #[arg(long)]
+    pub no_check: bool,
+    /// Worker threads [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<NonZeroUsize>,
+    /// How long open connections may go on after SIGTERM, such as 30s, 500ms or 2m; a second signal ends them at once
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = drain_timeout)]
+    pub drain_timeout: Duration,
+}
+
+fn drain_timeout(text: &str) -> Result<Duration, ValueError> {
+    match text {
+        "0" | "0s" => Ok(Duration::ZERO),
+        text => parse_duration(text),
+    }
 }
 
 /// `check`.

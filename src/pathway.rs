@@ -237,7 +237,11 @@ pub async fn list(wanted: &[Pathway]) -> Result<Vec<Listed>, Error> {
             }
         })
         .collect();
-    listed.extend(not_configured(wanted, &reading.present, &host::our_routes().await?));
+    listed.extend(not_configured(
+        wanted,
+        &reading.present,
+        &host::our_routes().await?,
+    ));
     Ok(listed)
 }
 

@@ -223,8 +223,7 @@ impl Host {
         let families = kernel_families();
         let mut served = vec![Family::V4];
         let mut notes = Vec::new();
-        let mut without_v6 =
-            |why: &str| notes.push(format!("{why}: the pathways serve IPv4 only"));
+        let mut without_v6 = |why: &str| notes.push(format!("{why}: the pathways serve IPv4 only"));
         // the kernel asks the interface's own switch, and `all` writes through to it
         if !families.contains(&Family::V6) {
             without_v6("this kernel runs without IPv6");
@@ -341,7 +340,10 @@ impl Host {
 
     /// Applies changes in order; `done` holds what was reached, also on failure.
     async fn apply(&self, changes: &[Change], done: &mut Vec<Step>) -> Result<(), Error> {
-        let steps: Vec<Step> = changes.iter().map(|change| change.command.clone()).collect();
+        let steps: Vec<Step> = changes
+            .iter()
+            .map(|change| change.command.clone())
+            .collect();
         for batch in steps.chunk_by(same_transaction) {
             self.run(batch).await?;
             done.extend_from_slice(batch);
@@ -405,8 +407,8 @@ impl Host {
         for step in &done {
             if let Step::InsertLine(line) = step
                 && line.made.is_some()
-                && let Err(error) = drop_chain(line.family, line.chain)
-                    .and_then(|()| match line.made {
+                && let Err(error) =
+                    drop_chain(line.family, line.chain).and_then(|()| match line.made {
                         Some(super::piece::Made::Table) => drop_table(line.family),
                         _ => Ok(()),
                     })

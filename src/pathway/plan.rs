@@ -14,9 +14,7 @@ use crate::model::{ConnmarkMode, Family, Mark, Pathway};
 
 use super::firewall::Ruleset;
 use super::lines;
-use super::piece::{
-    Chain, FoundRoute, Job, Line, PROTOCOL, Route, Rule, Step, UNTAGGED, loopback,
-};
+use super::piece::{Chain, FoundRoute, Job, Line, PROTOCOL, Route, Rule, Step, UNTAGGED, loopback};
 
 /// Where a rule stands that shall answer only when the main table (32766) has no route.
 pub const UNROUTED_PRIORITY: u32 = 40_000;
@@ -134,8 +132,8 @@ fn wanted_rules(pathway: &Pathway, family: Family, facts: &Facts) -> Vec<Rule> {
             ..marked
         };
         rules.push(rule);
-        let own = source.prefix_len() == source.max_prefix_len()
-            && facts.own.contains(&source.addr());
+        let own =
+            source.prefix_len() == source.max_prefix_len() && facts.own.contains(&source.addr());
         if own && !facts.default_route.contains(&family) {
             rules.push(Rule {
                 priority: UNROUTED_PRIORITY,
@@ -442,8 +440,8 @@ impl Differ<'_> {
         let shapes = self.shapes(pathway);
         let (mut stale, mut notes) = (BTreeMap::new(), Vec::new());
         for rule in marked.chain(unmarked) {
-            let leftover = UNTAGGED.contains(&rule.protocol)
-                && shapes.iter().any(|shape| rule.means(shape));
+            let leftover =
+                UNTAGGED.contains(&rule.protocol) && shapes.iter().any(|shape| rule.means(shape));
             if !rule.is_ours() && !leftover {
                 notes.extend(self.foreign(pathway, rule));
             } else if !self.wanted.rules.contains_key(rule) {
@@ -510,8 +508,7 @@ impl Differ<'_> {
                     protocol: PROTOCOL,
                     ..*route
                 });
-                let leftover =
-                    UNTAGGED.contains(&route.protocol) && !used_by_others(route.family);
+                let leftover = UNTAGGED.contains(&route.protocol) && !used_by_others(route.family);
                 if !wanted && (leftover || route.is_ours() && owned.contains(&table)) {
                     stale.push((*route, leftover));
                 }
