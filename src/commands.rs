@@ -4,6 +4,7 @@
 
 mod check;
 mod demo;
+mod output;
 mod pathway;
 mod probe;
 mod run;

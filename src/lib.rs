@@ -11,6 +11,7 @@
 //! | [`socket`] | every socket option there is | connections |
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
+//! | [`control`] | the Unix socket of a running process: framing, limits, who may ask | what a request leads to |
 //! | [`logging`] | which log lines are written, and in which form | who writes them |
 //! | [`runtime_dir`] | lock files, named by instance and network namespace | what they protect |
 //!
@@ -28,6 +29,7 @@
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod control;
 pub mod logging;
 pub mod model;
 pub mod pathway;

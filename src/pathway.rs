@@ -305,11 +305,10 @@ impl Report {
 
     /// Marks of the pathways that something changed for.
     pub fn changed_marks(&self) -> BTreeSet<Mark> {
-        host::marks(&self.changes)
+        self.changes.iter().map(|change| change.mark).collect()
     }
 }
 
-/// The family that a step concerns, for a report.
 impl Step {
     /// The family of the piece.
     pub fn family(&self) -> Family {

@@ -88,6 +88,34 @@ impl RuntimeDir {
         Ok(self.0.join(format!("{name}@{namespace}.{suffix}")))
     }
 
+    /// The files `NAME@NETNS.SUFFIX` of the caller's network namespace with their names, sorted; none
+    /// where the directory is not there.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn files(&self, suffix: &str) -> Result<Vec<(String, PathBuf)>, Error> {
+        let tail = self.file("", suffix)?;
+        let tail = tail.file_name().unwrap_or_default().to_string_lossy();
+        let entries = match fs::read_dir(&self.0) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io_error("read", &self.0)(error)),
+        };
+        let mut files = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(io_error("read", &self.0))?;
+            if let Some(name) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.strip_suffix(&*tail))
+            {
+                files.push((name.to_owned(), entry.path()));
+            }
+        }
+        files.sort_unstable();
+        Ok(files)
+    }
+
     /// Tries the lock of that name once.
     ///
     /// # Errors

@@ -148,6 +148,8 @@ impl Stand {
             listen: RELAY,
             service: SERVICE,
             threads: extent.relay_threads,
+            // HAProxy reserves five descriptors for every two connections where it may splice
+            room: (crate::descriptors()? / 3).min(40_000),
         };
         let relay = match program.command(&namespace, scratch.path(), route)? {
             None => None,
@@ -232,7 +234,7 @@ impl Stand {
     }
 
     /// # Errors
-    /// When the relay has ended, with what it wrote last.
+    /// When the relay has ended, with what it wrote about it.
     pub(crate) fn still_runs(&self) -> Result<()> {
         let Some(relay) = &self.relay else {
             return Ok(());
@@ -244,12 +246,14 @@ impl Stand {
             .context("cannot wait for the relay")?;
         let Some(status) = status else { return Ok(()) };
         let log = fs::read_to_string(&relay.log).unwrap_or_default();
-        let last = log
-            .lines()
-            .rev()
-            .find(|line| !line.trim().is_empty())
-            .unwrap_or_default();
-        bail!("{} ended ({status}): {last}", self.program.title());
+        let mut lines = log.lines().filter(|line| !line.trim().is_empty());
+        let telling = |line: &&str| {
+            let line = line.to_ascii_lowercase();
+            line.contains("error") || line.contains("alert")
+        };
+        let told = lines.clone().find(telling).or_else(|| lines.next_back());
+        let told = told.unwrap_or("it wrote nothing");
+        bail!("{} ended ({status}): {told}", self.program.title());
     }
 
     /// Load of the given kind, with the CPU time of the relay's threads over the window.

@@ -80,7 +80,9 @@ pub(crate) fn serve(address: SocketAddrV4, threads: usize) -> Result<()> {
         listener,
         workers,
         turn: AtomicUsize::new(0),
-        connections: (0..crate::DESCRIPTORS).map(|_| Mutex::default()).collect(),
+        connections: (0..crate::descriptors()?)
+            .map(|_| Mutex::default())
+            .collect(),
     };
     std::thread::scope(|scope| {
         let running: Vec<_> = service

@@ -48,8 +48,9 @@ use programs::Program;
 use report::Setting;
 use results::{Connmark, Results};
 
-/// What the programs and this one may open: 20,000 idle connections through a relay that holds pipes.
-pub(crate) const DESCRIPTORS: u64 = 262_144;
+/// Descriptors that every program is given, where the hard limit or root's capabilities allow: 20,000 idle
+/// connections through a relay that holds pipes for each.
+const DESCRIPTORS: u64 = 262_144;
 
 /// Compares relays with each other and with a direct connection
 #[derive(Debug, Parser)]
@@ -70,7 +71,7 @@ struct Options {
     /// Connections of the timed rows
     #[arg(long, default_value_t = 50)]
     connections: usize,
-    /// Connections of the idle row [default: 10000, quick: 500]
+    /// Connections of the idle row [default: a seventh of the descriptor limit, at most 10000; quick: 500]
     #[arg(long)]
     idle: Option<usize>,
     /// Threads of the load and of the echo service [default: one per core]
@@ -237,7 +238,12 @@ impl Options {
             },
             window,
             connections: self.connections,
-            idle: self.idle.unwrap_or(if self.quick { 500 } else { 10_000 }),
+            // a relay with a pipe each way has six descriptors a connection
+            idle: match self.idle {
+                Some(idle) => idle,
+                None if self.quick => 500,
+                None => (descriptors()? / 7).min(10_000),
+            },
             threads: self.threads.unwrap_or(cores),
             relay_threads: self.relay_threads.unwrap_or(cores),
         };
@@ -279,13 +285,21 @@ impl Options {
     }
 }
 
-/// The hard limit too: root may, and children inherit it.
+/// Raises the limit as far as it goes; children inherit it. Root cannot raise the hard limit without
+/// CAP_SYS_RESOURCE, which containers often lack.
 fn raise_descriptor_limit() -> Result<()> {
-    let (soft, hard) =
+    let (_, hard) =
         getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the descriptor limit")?;
-    if soft < DESCRIPTORS {
-        setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, hard.max(DESCRIPTORS))
-            .with_context(|| format!("cannot raise the descriptor limit to {DESCRIPTORS}"))?;
-    }
-    Ok(())
+    let wanted = DESCRIPTORS.max(hard);
+    setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted)
+        .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
+        .context("cannot raise the descriptor limit")
+}
+
+/// What this process and its children may open.
+pub(crate) fn descriptors() -> Result<usize> {
+    let (soft, _) =
+        getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the descriptor limit")?;
+    // some systems say "infinity"; arrays are made by this number
+    Ok(usize::try_from(soft.min(4 * DESCRIPTORS))?)
 }

@@ -19,9 +19,6 @@ use crate::namespace::{MARK, Namespace};
 /// Who may send a header: the load comes from loopback.
 const TRUSTED: &str = "127.0.0.0/8\n";
 
-/// Connections that every program is configured for.
-const ROOM: usize = 40_000;
-
 /// What can be measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Program {
@@ -50,6 +47,8 @@ pub(crate) struct Route {
     pub(crate) service: SocketAddrV4,
     /// How many threads, processes or listeners the relay gets.
     pub(crate) threads: usize,
+    /// How many connections it is configured for.
+    pub(crate) room: usize,
 }
 
 impl Program {
@@ -222,6 +221,7 @@ fn haproxy(
         listen,
         service,
         threads,
+        room,
     }: Route,
     splice: bool,
 ) -> String {
@@ -232,11 +232,11 @@ fn haproxy(
     };
     format!(
         "global
-    maxconn {ROOM}
+    maxconn {room}
     nbthread {threads}
 defaults
     mode tcp
-    maxconn {ROOM}
+    maxconn {room}
     timeout connect 5s
     timeout client 1h
     timeout server 1h
@@ -257,12 +257,13 @@ fn nginx(
         listen,
         service,
         threads,
+        room,
     }: Route,
     dir: &Path,
 ) -> String {
     let dir = dir.display();
     // two descriptors a connection, on any one worker in the worst case
-    let room = 2 * ROOM;
+    let room = 2 * room;
     let module = "/usr/lib/nginx/modules/ngx_stream_module.so";
     format!(
         "load_module {module};

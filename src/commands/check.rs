@@ -4,9 +4,9 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use comfy_table::{Table, presets};
 use serde::Serialize;
 
+use super::output::{print_json, table, trimmed};
 use crate::cli::{CheckArgs, Global};
 use crate::config::{self, Configuration, Diagnostics};
 use crate::model::{AllowList, ConnmarkMode, Family, Instance, Pathway};
@@ -31,13 +31,6 @@ pub(super) fn run(global: &Global, args: &CheckArgs) -> anyhow::Result<ExitCode>
         }
         Err(mistakes) => Err(mistakes.into()),
     }
-}
-
-fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value)?;
-    writeln!(out)?;
-    Ok(())
 }
 
 /// `--json` of files without a mistake.
@@ -203,24 +196,4 @@ fn instance_table(instances: &[Instance]) -> String {
         ]);
     }
     trimmed(&table)
-}
-
-fn table<const N: usize>(header: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(header);
-    table
-}
-
-/// The table without the blanks that pad its last column, and its left edge.
-fn trimmed(table: &Table) -> String {
-    let lines: Vec<String> = table
-        .lines()
-        .map(|line| {
-            line.strip_prefix(' ')
-                .unwrap_or(&line)
-                .trim_end()
-                .to_owned()
-        })
-        .collect();
-    lines.join("\n")
 }
