@@ -19,6 +19,7 @@ use crate::model::{Instance, Protocol};
 use crate::pathway;
 use crate::relay::settings::Settings;
 use crate::relay::tcp::Server;
+use crate::relay::workers::Workers;
 use crate::runtime_dir::{Attempt, RuntimeDir};
 use crate::socket::{self, Listeners};
 
@@ -111,7 +112,8 @@ async fn serve(
         );
     }
     let settings = Settings::of(instance, configuration.allow_list(instance));
-    let mut server = Server::start(sockets, settings, workers)?;
+    let pool = Workers::start(workers).context("cannot start the worker threads")?;
+    let server = Server::start(&pool, sockets, settings)?;
     info!(
         instance = %instance.name, listen = %instance.listen, mark = %instance.mark,
         target4 = instance.target4.map(tracing::field::display),
@@ -124,7 +126,7 @@ async fn serve(
             ended?;
             bail!("the relay ended by itself");
         }
-        name = signals.next() => stop(&mut server, &mut signals, name, args.drain_timeout).await?,
+        name = signals.next() => stop(&server, &mut signals, name, args.drain_timeout).await?,
     }
     let totals = server.totals();
     info!(
@@ -161,7 +163,7 @@ async fn in_place(configuration: &Configuration, instance: &Instance) -> anyhow:
 
 /// No new connections; the open ones have until the drain timeout, or until the next signal.
 async fn stop(
-    server: &mut Server,
+    server: &Server,
     signals: &mut Signals,
     signal: &str,
     drain_timeout: Duration,
@@ -183,8 +185,7 @@ async fn stop(
             warn!(signal, active = server.totals().active, "a second signal: the rest is cut");
         }
     }
-    server.end();
-    Ok(server.ended().await?)
+    Ok(())
 }
 
 struct Signals {
