@@ -216,6 +216,8 @@ pub struct Spoof {
 pub struct Spoofed {
     /// The socket, non-blocking, connecting or connected already (on loopback usually connected).
     pub socket: TcpStream,
+    /// The port that the socket has.
+    pub port: u16,
     /// The client's port was taken (or is privileged and not permitted): the kernel chose another.
     pub port_given_up: bool,
 }
@@ -267,11 +269,10 @@ pub fn spoofed_tcp(spoof: &Spoof) -> Result<Spoofed, SpoofError> {
         }
         outcome => (outcome?, false),
     };
-    let got = socket
+    let local = socket
         .local_addr()
-        .map_err(|error| SpoofError::Failed(Failure::at("read the source address")(error)))?
-        .ip()
-        .to_canonical();
+        .map_err(|error| SpoofError::Failed(Failure::at("read the source address")(error)))?;
+    let got = local.ip().to_canonical();
     // bind() to 0.0.0.0, multicast and broadcast succeeds, and connect() then takes an address of
     // the host: whoever gets past the checks must still not become somebody else
     if got != spoof.client.ip() {
@@ -283,6 +284,7 @@ pub fn spoofed_tcp(spoof: &Spoof) -> Result<Spoofed, SpoofError> {
     }
     Ok(Spoofed {
         socket,
+        port: local.port(),
         port_given_up,
     })
 }

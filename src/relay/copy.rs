@@ -96,7 +96,13 @@ impl Pair {
         }
     }
 
-    /// Bytes handed to the target and to the client so far, by this pair.
+    /// Counts bytes that the target was given before there was a pair.
+    pub(super) fn having_sent(mut self, bytes: u64) -> Self {
+        self.up.bytes += bytes;
+        self
+    }
+
+    /// Bytes handed to the target and to the client so far.
     pub(super) fn bytes(&self) -> (u64, u64) {
         (self.up.bytes, self.down.bytes)
     }

@@ -300,7 +300,10 @@ impl Sshd {
         let mut words = line.split(' ');
         let address = words.next().unwrap_or_default().to_owned();
         let port = words.next().and_then(|port| port.parse().ok());
-        session.client = (address, port.unwrap_or_else(|| panic!("no login: '{line}'\n{}", self.log())));
+        session.client = (
+            address,
+            port.unwrap_or_else(|| panic!("no login: '{line}'\n{}", self.log())),
+        );
         session
     }
 }
