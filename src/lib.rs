@@ -12,6 +12,8 @@
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
 //! | [`control`] | the Unix socket of a running process: framing, limits, who may ask | what a request leads to |
+//! | [`overview`] | what a process says about its instances and connections | how it is shown |
+//! | [`metrics`] | the same for Prometheus, over HTTP | |
 //! | [`logging`] | which log lines are written, and in which form | who writes them |
 //! | [`runtime_dir`] | lock files, named by instance and network namespace | what they protect |
 //!
@@ -31,7 +33,9 @@ pub mod commands;
 pub mod config;
 pub mod control;
 pub mod logging;
+pub mod metrics;
 pub mod model;
+pub mod overview;
 pub mod pathway;
 pub mod relay;
 pub mod runtime_dir;
