@@ -2,12 +2,18 @@
 //!
 //! Exit codes: 0 done, 1 it failed or a check found something, 2 usage or configuration.
 
+mod ask;
 mod check;
+mod conns;
 mod demo;
+mod explain;
 mod output;
 mod pathway;
 mod probe;
 mod run;
+mod status;
+mod top;
+mod units;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
@@ -53,6 +59,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match command {
         Command::Pathway(command) => pathway::run(&global, command),
         Command::Run(args) => run::run(&global, args),
+        Command::Status(args) => status::run(&global, &args),
+        Command::Conns(args) => conns::run(&global, args),
+        Command::Top(args) => top::run(&global, &args),
+        Command::Explain(args) => explain::run(&global, &args),
         Command::Check(args) => check::run(&global, &args),
         Command::Probe(args) => probe::run(&global, args),
         Command::Demo(args) => demo::run(&global, args),

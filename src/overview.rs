@@ -308,6 +308,8 @@ pub enum Sort {
     Age,
     /// The longest idle first
     Idle,
+    /// The last one on which something moved first
+    Moved,
     /// The most bytes, both ways together, first
     Bytes,
     /// By the client's address and port
@@ -319,11 +321,13 @@ pub enum Sort {
 }
 
 impl Sort {
-    fn sort(self, rows: &mut [Connection]) {
+    /// Puts rows into this order.
+    pub fn sort(self, rows: &mut [Connection]) {
         use std::cmp::Reverse;
         match self {
             Self::Age => rows.sort_unstable_by_key(|row| (Reverse(row.age_ms), row.id)),
             Self::Idle => rows.sort_unstable_by_key(|row| (Reverse(row.idle_ms), row.id)),
+            Self::Moved => rows.sort_unstable_by_key(|row| (row.idle_ms, row.id)),
             Self::Bytes => rows.sort_unstable_by_key(|row| {
                 (Reverse(row.bytes_to_target + row.bytes_to_client), row.id)
             }),
