@@ -10,10 +10,12 @@ mod explain;
 mod output;
 mod pathway;
 mod probe;
+mod reload;
 mod run;
 mod status;
 mod top;
 mod units;
+mod upgrade;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
@@ -59,6 +61,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match command {
         Command::Pathway(command) => pathway::run(&global, command),
         Command::Run(args) => run::run(&global, args),
+        Command::Reload(args) => reload::run(&global, &args),
+        Command::Upgrade(args) => upgrade::run(&global, &args),
         Command::Status(args) => status::run(&global, &args),
         Command::Conns(args) => conns::run(&global, args),
         Command::Top(args) => top::run(&global, &args),

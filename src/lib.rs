@@ -15,6 +15,8 @@
 //! | [`overview`] | what a process says about its instances and connections | how it is shown |
 //! | [`metrics`] | the same for Prometheus, over HTTP | |
 //! | [`logging`] | which log lines are written, and in which form | who writes them |
+//! | [`supervisor`] | named tasks: start, start again with back-off, drain | what a task is |
+//! | [`systemd`] | readiness, stored and passed sockets, watchdog | what they are for |
 //! | [`runtime_dir`] | lock files, named by instance and network namespace | what they protect |
 //!
 //! Dependencies run one way: `commands → {config, pathway, relay} → {socket, model}`; pathway and relay
@@ -40,3 +42,5 @@ pub mod pathway;
 pub mod relay;
 pub mod runtime_dir;
 pub mod socket;
+pub mod supervisor;
+pub mod systemd;

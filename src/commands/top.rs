@@ -50,10 +50,10 @@ fn watch(
         let wait = next.saturating_duration_since(Instant::now());
         if event::poll(wait).context("cannot read keys")? {
             match event::read().context("cannot read keys")? {
-                Event::Key(key) if key.kind != KeyEventKind::Release => {
-                    if press(model, key) == Pressed::Quit {
-                        return Ok(());
-                    }
+                Event::Key(key)
+                    if key.kind != KeyEventKind::Release && press(model, key) == Pressed::Quit =>
+                {
+                    return Ok(());
                 }
                 // anything else, a new size above all, is a reason to draw
                 _ => {}

@@ -379,6 +379,7 @@ mod tests {
 
     #[test]
     fn an_idle_connection_is_small() {
+        eprintln!("connection {} entry {} slow {}", size_of::<Connection>(), size_of::<Entry>(), size_of::<Pair>());
         // tokio's own share per connection is two registrations and the task's header
         assert!(
             size_of::<Connection>() <= 208,

@@ -8,4 +8,5 @@ mod chain;
 mod config;
 mod header;
 mod probe;
+mod supervisor;
 mod support;
