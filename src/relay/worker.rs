@@ -379,10 +379,9 @@ mod tests {
 
     #[test]
     fn an_idle_connection_is_small() {
-        eprintln!("connection {} entry {} slow {}", size_of::<Connection>(), size_of::<Entry>(), size_of::<Pair>());
-        // tokio's own share per connection is two registrations and the task's header
+        // tokio's task around it is 112 bytes more, in steps of 128
         assert!(
-            size_of::<Connection>() <= 208,
+            size_of::<Connection>() <= 144,
             "a connection takes {} bytes",
             size_of::<Connection>()
         );

@@ -10,3 +10,4 @@ mod header;
 mod probe;
 mod supervisor;
 mod support;
+mod view;
