@@ -46,7 +46,10 @@ impl Lab {
     fn run(&self, words: &str) -> Running {
         let command = format!("run --all --manage-pathways {words}");
         let running = self.host.spawn(self.host.mmproxyctl(&command));
-        running.wait_log("INFO ready");
+        wait_for("the relays to be ready", || {
+            let log = running.log();
+            log.contains("INFO ready") || log.contains("\"message\":\"ready\"")
+        });
         running
     }
 

@@ -18,6 +18,9 @@ const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█']
 /// The sparklines' width where there is room for them.
 const SPARKLINE: u16 = 14;
 
+/// From this width on there is room for IPv6 addresses and one more column.
+const ROOMY: u16 = 120;
+
 /// Draws everything.
 pub(super) fn draw(frame: &mut Frame<'_>, model: &Model) {
     // a third for the instances, at most what they need
@@ -83,7 +86,7 @@ fn right(text: String) -> Cell<'static> {
     Cell::from(Text::from(text).alignment(Alignment::Right))
 }
 
-fn header<const N: usize>(names: [&'static str; N], first_right: usize) -> Row<'static> {
+fn header(names: impl IntoIterator<Item = &'static str>, first_right: usize) -> Row<'static> {
     let cells = names.into_iter().enumerate().map(|(at, name)| {
         let text = Text::from(name);
         Cell::from(if at >= first_right && !name.is_empty() {
@@ -160,41 +163,49 @@ fn sparkline(history: &VecDeque<u64>, width: usize) -> String {
 }
 
 fn draw_connections(frame: &mut Frame<'_>, model: &Model, area: Rect) {
-    let widths = [
-        Constraint::Fill(3),
-        Constraint::Fill(2),
-        Constraint::Fill(2),
-        Constraint::Length(6),
+    // an IPv4 address with its port is shown whole from 80 columns on
+    let roomy = area.width >= ROOMY;
+    let mut widths = vec![
+        Constraint::Min(21),
+        Constraint::Fill(1),
+        Constraint::Fill(1),
         Constraint::Length(6),
         Constraint::Length(9),
         Constraint::Length(9),
         Constraint::Length(7),
     ];
-    let rows = model.connections().take(area.height.into()).map(connection);
-    let table = Table::new(rows, widths).header(header(
-        [
-            "CLIENT", "PROXY", "INSTANCE", "AGE", "IDLE", "IN", "OUT", "BYTES",
-        ],
-        3,
-    ));
+    let mut names = vec!["CLIENT", "PROXY", "INSTANCE", "AGE", "IN", "OUT", "BYTES"];
+    if roomy {
+        widths[0] = Constraint::Length(47);
+        widths.push(Constraint::Length(6));
+        names.push("IDLE");
+    }
+    let rows = model
+        .connections()
+        .take(area.height.into())
+        .map(|row| connection(row, roomy));
+    let table = Table::new(rows, widths).header(header(names, 3));
     frame.render_widget(table, area);
 }
 
-fn connection(row: &ConnectionRow) -> Row<'static> {
+fn connection(row: &ConnectionRow, roomy: bool) -> Row<'static> {
     let one = &row.connection;
     let client = one
         .client
         .map_or_else(|| one.stage.name().to_owned(), |client| client.to_string());
-    Row::new([
+    let mut cells = vec![
         Cell::from(client),
         Cell::from(one.proxy.ip().to_string()),
         Cell::from(one.instance.clone()),
         right(span(one.age_ms)),
-        right(span(one.idle_ms)),
         right(byte_rate(row.to_target)),
         right(byte_rate(row.to_client)),
         right(bytes(one.bytes_to_target + one.bytes_to_client)),
-    ])
+    ];
+    if roomy {
+        cells.push(right(span(one.idle_ms)));
+    }
+    Row::new(cells)
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use super::{Lab, v1};
 use crate::support::net::wait_for;
@@ -69,9 +70,12 @@ fn top_fits_eighty_columns_and_follows_the_keys() {
     let mut open = lab.client(&v1("203.0.113.107", 40_000), "hello");
     let terminal = Terminal::new(&lab, "top --interval 100ms");
     let waiting = |text: &str| {
-        wait_for(&format!("'{text}' on\n{}", terminal.screen()), || {
-            terminal.screen().contains(text)
-        });
+        let mut screen = String::new();
+        let end = Instant::now() + Duration::from_secs(10);
+        while !screen.contains(text) {
+            assert!(Instant::now() < end, "no '{text}' on\n{screen}");
+            screen = terminal.screen();
+        }
     };
     waiting("203.0.113.107:40000");
     let screen = terminal.screen();
