@@ -310,7 +310,7 @@ impl Future for Connection {
                         return Poll::Ready(());
                     };
                     let _named = conn.span.enter();
-                    conn.entry.woken_by(cx.waker());
+                    conn.registry.woken_by(&conn.entry, cx.waker());
                     *stage = match setup::begin(conn, cx, client) {
                         Begun::Ready(pair) => Stage::Relaying(pair),
                         Begun::Slow(slow) => Stage::Slow(slow),

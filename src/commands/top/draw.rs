@@ -62,6 +62,8 @@ fn headline(model: &Model) -> Line<'_> {
     let pids: Vec<String> = model.pids.iter().map(u32::to_string).collect();
     Line::from(vec![
         Span::from("mmproxyctl ").bold(),
+        // in front: on 80 columns the end may be cut off
+        Span::from(if model.paused { "paused " } else { "" }).fg(Color::Yellow),
         Span::from(format!(
             "pid {}  {} instances  {active} active  {}/s  in {}  out {}",
             pids.join(" "),
@@ -70,7 +72,6 @@ fn headline(model: &Model) -> Line<'_> {
             byte_rate(sum(|row| row.to_target)),
             byte_rate(sum(|row| row.to_client)),
         )),
-        Span::from(if model.paused { "  paused" } else { "" }).fg(Color::Yellow),
     ])
 }
 
