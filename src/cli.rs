@@ -189,6 +189,9 @@ pub struct RunArgs {
 /// `reload`.
 #[derive(Debug, Args)]
 pub struct ReloadArgs {
+    /// Only these processes: "all" for run --all, else their first instance's name
+    #[arg(value_name = "PROCESS")]
+    pub processes: Vec<String>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -197,6 +200,9 @@ pub struct ReloadArgs {
 /// `upgrade`.
 #[derive(Debug, Args)]
 pub struct UpgradeArgs {
+    /// Only these processes: "all" for run --all, else their first instance's name
+    #[arg(value_name = "PROCESS")]
+    pub processes: Vec<String>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -4,7 +4,7 @@
 //! Must not know: connections as a whole, counters, log lines.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -75,19 +75,34 @@ pub struct Listeners {
 /// # Errors
 /// When the address is in use, also by another program that set `SO_REUSEPORT`, or cannot be bound.
 pub fn tcp_listeners(addr: ListenAddr, count: NonZeroUsize) -> Result<Listeners, ListenError> {
-    let fail = |failure| ListenError { addr, failure };
-    // without SO_REUSEPORT the kernel tells whether somebody is there already: with it, a second
-    // program of the same user would silently get half of the connections
-    let probe = listening_socket(addr.get(), Sharing::Exclusive).map_err(fail)?;
-    let (bound, address_missing) = (probe.addr, probe.address_missing);
-    drop(probe);
+    listeners(addr.get(), count).map_err(|failure| ListenError { addr, failure })
+}
+
+fn listeners(addr: SocketAddr, count: NonZeroUsize) -> Result<Listeners, Failure> {
+    // Without SO_REUSEPORT bind() tells whether somebody listens there already; with it, a second
+    // program of the same user would silently get half of the connections. The probe never listens:
+    // it is in nobody's way, not even while a child that is just being forked still holds it open.
+    let probe = bound(addr, Sharing::Exclusive)?;
+    let addr = probe
+        .socket
+        .local_addr()
+        .map_err(Failure::at("read the bound address"))?
+        .as_socket()
+        .unwrap_or(addr);
     let sockets = (0..count.get())
-        .map(|_| listening_socket(bound, Sharing::ReusePort).map(|socket| socket.listener))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(fail)?;
+        .map(|_| {
+            let socket = bound(addr, Sharing::ReusePort)?.socket;
+            socket
+                .set_tcp_nodelay(true)
+                .map_err(Failure::at("set TCP_NODELAY"))?;
+            set_keepalive(&socket)?;
+            socket.listen(BACKLOG).map_err(Failure::at("listen"))?;
+            Ok(TcpListener::from(socket))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
     Ok(Listeners {
         sockets,
-        address_missing,
+        address_missing: probe.address_missing,
     })
 }
 
@@ -97,13 +112,12 @@ enum Sharing {
     ReusePort,
 }
 
-struct Listening {
-    listener: TcpListener,
-    addr: SocketAddr,
+struct Bound {
+    socket: Socket,
     address_missing: bool,
 }
 
-fn listening_socket(addr: SocketAddr, sharing: Sharing) -> Result<Listening, Failure> {
+fn bound(addr: SocketAddr, sharing: Sharing) -> Result<Bound, Failure> {
     let socket = Socket::new(
         Domain::for_address(addr),
         Type::STREAM.nonblocking(),
@@ -138,18 +152,8 @@ fn listening_socket(addr: SocketAddr, sharing: Sharing) -> Result<Listening, Fai
         }
         Err(error) => return Err(Failure::at("bind")(error)),
     };
-    socket
-        .set_tcp_nodelay(true)
-        .map_err(Failure::at("set TCP_NODELAY"))?;
-    set_keepalive(&socket)?;
-    socket.listen(BACKLOG).map_err(Failure::at("listen"))?;
-    let listener = TcpListener::from(socket);
-    let addr = listener
-        .local_addr()
-        .map_err(Failure::at("read the bound address"))?;
-    Ok(Listening {
-        listener,
-        addr,
+    Ok(Bound {
+        socket,
         address_missing,
     })
 }
@@ -399,20 +403,30 @@ enum Locality {
     Broadcast,
 }
 
-/// Asks the routing tables: the kernel's source address towards a local address is that address.
+/// Asks the routing tables, without regard to `ip_nonlocal_bind`. Connecting a datagram socket sends
+/// nothing; the port (discard) plays no part.
+///
+/// IPv4: the output look-up refuses (EINVAL) a bound source that is not local. The source it would
+/// choose itself does not tell: towards a secondary address that is the primary one.
+/// IPv6: the look-up takes any bound source, and the source it chooses towards a local address is that
+/// very address (RFC 6724, rule 1).
 fn locality(ip: IpAddr) -> io::Result<Locality> {
-    let unspecified: IpAddr = match Family::of(ip) {
-        Family::V4 => std::net::Ipv4Addr::UNSPECIFIED.into(),
-        Family::V6 => std::net::Ipv6Addr::UNSPECIFIED.into(),
+    let bound = match ip {
+        IpAddr::V4(_) => ip,
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
-    let socket = UdpSocket::bind((unspecified, 0))?;
-    // connecting a datagram socket sends nothing; the port (discard) plays no part
-    match socket.connect((ip, 9)) {
-        Ok(()) if socket.local_addr()?.ip() == ip => Ok(Locality::Local),
-        Ok(()) => Ok(Locality::Foreign),
+    let outcome = UdpSocket::bind((bound, 0)).and_then(|socket| {
+        socket.connect((ip, 9))?;
+        socket.local_addr()
+    });
+    match outcome {
+        Ok(source) if source.ip() == ip => Ok(Locality::Local),
+        Ok(_) => Ok(Locality::Foreign),
         Err(error) => match error.raw_os_error() {
             Some(libc::EACCES) => Ok(Locality::Broadcast),
-            Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EINVAL) => Ok(Locality::Foreign),
+            Some(libc::EINVAL | libc::EADDRNOTAVAIL | libc::ENETUNREACH | libc::EHOSTUNREACH) => {
+                Ok(Locality::Foreign)
+            }
             _ => Err(error),
         },
     }

@@ -7,13 +7,18 @@ use serde_json::{Value, json};
 
 use super::output::print_json;
 use crate::cli::{Global, ReloadArgs};
-use crate::control::client::{self, Error};
+use crate::control::client::{self, Client, Error};
 use crate::control::messages::{FailureKind, Request};
 use crate::runtime_dir::RuntimeDir;
 
 /// Runs the verb.
 pub(super) fn run(global: &Global, args: &ReloadArgs) -> anyhow::Result<ExitCode> {
-    ask_all(global, &Request::Reload {}, args.json, |answer| {
+    let how = Asking {
+        request: Request::Reload {},
+        of: &args.processes,
+        json: args.json,
+    };
+    ask(global, &how, |answer| {
         let mut lines = Vec::new();
         for (what, key) in [
             ("started", "started"),
@@ -41,38 +46,55 @@ fn text(value: &Value) -> String {
         .map_or_else(|| value.to_string(), str::to_owned)
 }
 
-/// Asks every running process, and says what each answered; one that fails does not keep the others.
-pub(super) fn ask_all(
+/// A request to running processes.
+pub(super) struct Asking<'a> {
+    pub(super) request: Request,
+    /// Their names; none means all of them.
+    pub(super) of: &'a [String],
+    pub(super) json: bool,
+}
+
+/// Asks running processes, and says what each answered; one that fails does not keep the others.
+pub(super) fn ask(
     global: &Global,
-    request: &Request,
-    as_json: bool,
+    how: &Asking<'_>,
     shown: impl Fn(&Value) -> Vec<String>,
 ) -> anyhow::Result<ExitCode> {
     let runtime = RuntimeDir::resolve(global.runtime_dir.clone());
-    let found = client::find(&runtime)?;
+    let mut found: Vec<(String, Client)> = client::find(&runtime)?
+        .into_iter()
+        .map(|process| (shown_name(&process.name).to_owned(), process.client))
+        .collect();
     if found.is_empty() {
         bail!(
             "nothing is running here: no control socket answers in {} for this network namespace",
             runtime.path().display()
         );
     }
+    if let Some(missing) = how
+        .of
+        .iter()
+        .find(|name| found.iter().all(|(known, _)| known != *name))
+    {
+        let known: Vec<_> = found.iter().map(|(name, _)| name.as_str()).collect();
+        bail!(
+            "no process '{missing}' is running here: there are {}",
+            known.join(", ")
+        );
+    }
+    found.retain(|(name, _)| how.of.is_empty() || how.of.contains(name));
     let mut code = ExitCode::SUCCESS;
     let mut answers = serde_json::Map::new();
-    for mut process in found {
-        let name = process
-            .name
-            .trim_end_matches(".instance")
-            .trim_end_matches(".process")
-            .to_owned();
-        match process.client.ask(request) {
+    for (name, mut client) in found {
+        match client.ask(&how.request) {
             Ok(answer) => {
-                for line in shown(&answer).iter().filter(|_| !as_json) {
+                for line in shown(&answer).iter().filter(|_| !how.json) {
                     println!("{name}: {line}");
                 }
                 answers.insert(name, answer);
             }
             Err(error) => {
-                eprintln!("{name}: {:#}", anyhow::anyhow!(describe(&error)));
+                eprintln!("{name}: {}", describe(&error));
                 let kind = match &error {
                     Error::Failed(failure) => failure.kind,
                     _ => FailureKind::Failed,
@@ -86,10 +108,17 @@ pub(super) fn ask_all(
             }
         }
     }
-    if as_json {
+    if how.json {
         print_json(&answers)?;
     }
     Ok(code)
+}
+
+/// The name of a process without what keeps it apart from other files.
+fn shown_name(name: &str) -> &str {
+    name.strip_suffix(".instance")
+        .or_else(|| name.strip_suffix(".process"))
+        .unwrap_or(name)
 }
 
 fn describe(error: &Error) -> String {

@@ -2,13 +2,18 @@
 
 use std::process::ExitCode;
 
-use super::reload::ask_all;
+use super::reload::{Asking, ask};
 use crate::cli::{Global, UpgradeArgs};
 use crate::control::messages::Request;
 
 /// Runs the verb.
 pub(super) fn run(global: &Global, args: &UpgradeArgs) -> anyhow::Result<ExitCode> {
-    ask_all(global, &Request::Upgrade {}, args.json, |answer| {
+    let how = Asking {
+        request: Request::Upgrade {},
+        of: &args.processes,
+        json: args.json,
+    };
+    ask(global, &how, |answer| {
         vec![format!(
             "handed over, pid {} to {}; {} connections stay with the old process until they end",
             answer["from"], answer["to"], answer["draining"]

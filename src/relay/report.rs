@@ -3,12 +3,12 @@
 //!
 //! Owns: the rate of warnings and the words for what went wrong. Must not know: sockets in flight.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::rc::Rc;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
@@ -53,10 +53,11 @@ pub struct LastError {
     pub message: String,
 }
 
-/// Decides which warnings are said; the rest is said at debug level.
+/// Decides which warnings are said; the rest is said at debug level. One for all workers: nothing
+/// that is relayed ever comes here, so the lock costs nothing.
 #[derive(Debug, Default)]
 pub(super) struct Limiter {
-    windows: RefCell<HashMap<Key, Window>>,
+    windows: Mutex<HashMap<Key, Window>>,
 }
 
 /// A kind of line, and the address it is about; none when there are too many to tell apart.
@@ -80,7 +81,7 @@ pub(super) enum Admission {
 
 impl Limiter {
     pub(super) fn admit(&self, subject: Subject, about: IpAddr, now: Instant) -> Admission {
-        let mut windows = self.windows.borrow_mut();
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         let mut key = (subject, Some(about));
         if windows.len() >= MAX_SUBJECTS && !windows.contains_key(&key) {
             windows.retain(|_, window| {
@@ -108,7 +109,7 @@ impl Limiter {
 
     /// How many were held back and not mentioned since; they are as good as mentioned by this.
     fn settle(&self, key: Key) -> u64 {
-        let mut windows = self.windows.borrow_mut();
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         windows
             .get_mut(&key)
             .map_or(0, |window| std::mem::take(&mut window.held_back))
@@ -160,7 +161,11 @@ pub(super) fn warn_about(
     message: &dyn fmt::Display,
 ) {
     let (proxy_addr, client_addr) = (display(proxy), client.map(display));
-    match worker.limiter.admit(subject, proxy.ip(), Instant::now()) {
+    match worker
+        .common
+        .limiter
+        .admit(subject, proxy.ip(), Instant::now())
+    {
         Admission::Say(more) => {
             warn!(
                 proxy.addr = proxy_addr,
@@ -195,7 +200,7 @@ fn settle_later(worker: &Rc<Worker>, key: Key, proxy: ProxyAddr, message: String
     let worker = Rc::clone(worker);
     tokio::task::spawn_local(async move {
         tokio::time::sleep(WINDOW).await;
-        let more = worker.limiter.settle(key);
+        let more = worker.common.limiter.settle(key);
         if more > 0 {
             let _named = worker.span.enter();
             warn!(proxy.ip = %proxy.ip(), "and {more} more like it: {message}");
@@ -225,17 +230,13 @@ pub(super) fn bad_header(error: HeaderError, bytes: &[u8]) -> String {
     if error != HeaderError::NotProxy {
         return format!("refused: {error}");
     }
-    match header::looks_like(bytes) {
-        Some(protocol) => format!(
-            "refused: no PROXY header but {protocol}: the proxy sends no PROXY header: add send-proxy \
-             (HAProxy) or proxy_protocol on (nginx) there"
-        ),
-        None => format!(
-            "refused: no PROXY header but {}: the proxy sends no PROXY header: add send-proxy (HAProxy) \
-             or proxy_protocol on (nginx) there",
-            Begins(bytes)
-        ),
-    }
+    let what = match header::looks_like(bytes) {
+        Some(protocol) => format!("this is {protocol}"),
+        None => format!("this begins with {}", Begins(bytes)),
+    };
+    format!(
+        "refused: {what}: the proxy sends no PROXY header: add send-proxy (HAProxy) or proxy_protocol on (nginx) there"
+    )
 }
 
 /// The first bytes of something unknown, quoted.
@@ -439,7 +440,7 @@ mod tests {
             })
             .count();
         assert_eq!(said, MAX_SUBJECTS + BURST as usize);
-        assert!(limiter.windows.borrow().len() <= MAX_SUBJECTS + 1);
+        assert!(limiter.windows.lock().unwrap().len() <= MAX_SUBJECTS + 1);
     }
 
     #[test]

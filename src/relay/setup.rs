@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, trace};
 
 use super::client;
-use super::copy::{Pair, Unsent};
+use super::copy::{First, Pair};
 use super::counters::Refusal;
 use super::header::{self, Decoded, Endpoints, HeaderError};
 use super::report::{self, ConnectError, Subject};
@@ -39,9 +39,7 @@ pub(super) enum Begun {
 /// The target's side of a connection, begun.
 struct Opened {
     target: TcpStream,
-    /// Bytes of the client's that the service has already.
-    sent: u64,
-    unsent: Option<Unsent>,
+    first: First,
     connected: bool,
     began: Instant,
     to: TargetAddr,
@@ -261,21 +259,16 @@ fn open(conn: &Conn, client: ClientAddr, surplus: &[u8]) -> Option<Opened> {
         );
     }
     // a connection to a local service is complete when connect() returns, although it says EINPROGRESS
-    let (sent, unsent, connected) = if surplus.is_empty() {
-        (0, None, target.peer_addr().is_ok())
+    let (first, connected) = if surplus.is_empty() {
+        (First::default(), target.peer_addr().is_ok())
     } else {
         match (&target).write(surplus) {
             Ok(sent) => {
                 conn.counters.bytes_to_target.add(sent as u64);
-                let rest = &surplus[sent..];
-                (
-                    sent as u64,
-                    (!rest.is_empty()).then(|| Unsent::new(rest)),
-                    true,
-                )
+                (First::new(sent, &surplus[sent..]), true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                (0, Some(Unsent::new(surplus)), false)
+                (First::new(0, surplus), false)
             }
             Err(error) => {
                 let error = ConnectError::kernel("connect", error);
@@ -294,8 +287,7 @@ fn open(conn: &Conn, client: ClientAddr, surplus: &[u8]) -> Option<Opened> {
     };
     Some(Opened {
         target,
-        sent,
-        unsent,
+        first,
         connected,
         began,
         to,
@@ -337,7 +329,7 @@ fn paired(conn: &Conn, client: TcpStream, opened: Opened) -> Pair {
         target.addr = %opened.to, "connected to the service"
     );
     let idle_timeout = conn.settings().idle_timeout;
-    Pair::new(client, opened.target, opened.unsent, idle_timeout).having_sent(opened.sent)
+    Pair::new(client, opened.target, opened.first, idle_timeout)
 }
 
 fn ended_without_header(conn: &Conn, received: &[u8]) {

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::counters::{Counters, Totals};
-use super::report::LastError;
+use super::report::{LastError, Limiter};
 use super::settings::Settings;
 use super::view::Query;
 use super::worker::{Common, Worker, accept_from};
@@ -83,6 +83,7 @@ impl Server {
                 settings: ArcSwap::from_pointee(settings),
                 counters: chosen.iter().map(|_| Arc::default()).collect(),
                 last_error: Mutex::default(),
+                limiter: Limiter::default(),
             }),
             listeners: Mutex::new(listeners),
             ended: tokio::sync::Mutex::new(ended),

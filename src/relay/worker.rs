@@ -47,14 +47,14 @@ pub(super) struct Common {
     pub(super) counters: Vec<Arc<Counters>>,
     /// Locked for as long as a line takes that was worth a warning.
     pub(super) last_error: Mutex<Option<LastError>>,
+    pub(super) limiter: Limiter,
 }
 
 /// What the connections of one relay on one thread share.
 pub(super) struct Worker {
     pub(super) shared: Rc<Shared>,
-    common: Arc<Common>,
+    pub(super) common: Arc<Common>,
     pub(super) counters: Arc<Counters>,
-    pub(super) limiter: Limiter,
     /// Names the instance in every line about a connection.
     pub(super) span: Span,
     registry: Registry,
@@ -72,7 +72,6 @@ impl Worker {
             shared,
             common,
             counters,
-            limiter: Limiter::default(),
             span,
             registry: Registry::default(),
             empty: Notify::new(),
@@ -169,7 +168,7 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
                     worker.counters.accept_pauses.add(1);
                     if pause == FIRST_PAUSE {
                         let _named = worker.span.enter();
-                        worker.limiter.warn_about_listener(
+                        worker.common.limiter.warn_about_listener(
                             &listener,
                             &format_args!("accepting pauses: {error}: raise LimitNOFILE or set max-connections"),
                         );

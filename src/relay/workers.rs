@@ -160,7 +160,9 @@ mod tests {
         runtime.block_on(async {
             assert!(workers.answer().await);
             let (release, stuck) = std::sync::mpsc::channel::<()>();
-            workers.submit(1, move |_| drop(stuck.recv()));
+            workers.submit(1, move |_| {
+                let _ = stuck.recv();
+            });
             let limit = Duration::from_millis(50);
             assert!(tokio::time::timeout(limit, workers.answer()).await.is_err());
             drop(release);
@@ -171,7 +173,7 @@ mod tests {
     #[test]
     fn relays_are_spread() {
         let workers = Workers::start(NonZeroUsize::new(3).unwrap()).unwrap();
-        let mut pick = |count| workers.pick(count).collect::<Vec<_>>();
+        let pick = |count| workers.pick(count).collect::<Vec<_>>();
         assert_eq!(pick(1), [0]);
         assert_eq!(pick(1), [1]);
         assert_eq!(pick(9), [2, 0, 1]);

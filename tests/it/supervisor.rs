@@ -430,6 +430,71 @@ fn an_upgrade_that_fails_changes_nothing() {
     drop(running);
 }
 
+/// A service of one thread that can hold thousands of connections.
+fn echo_many(host: &Host, port: u16) {
+    let listener = host.enter(|| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("bind"));
+    listener.set_nonblocking(true).expect("non-blocking");
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener).expect("listener");
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let (mut read, mut write) = stream.split();
+                    let greeting = format!("{port}\n");
+                    let greeted =
+                        tokio::io::AsyncWriteExt::write_all(&mut write, greeting.as_bytes());
+                    if greeted.await.is_ok() {
+                        // however it ends, the test sees it on its side
+                        let _ = tokio::io::copy(&mut read, &mut write).await;
+                    }
+                });
+            }
+        });
+    });
+}
+
+/// Holds connections over reloads that each change something, with new connections all the time.
+#[test]
+fn reloads_drop_and_refuse_nothing() {
+    let lab = Lab::new(&[]);
+    echo_many(&lab.host, 9001);
+    echo_many(&lab.host, 9002);
+    lab.instances(&[("a", 123, 2001, 9001)]);
+    let running = lab.run("--all --manage-pathways");
+    let mut open: Vec<Proxied> = (0..300)
+        .map(|number| lab.proxied(2001, 30000 + number).expect("relayed"))
+        .collect();
+    let traffic = Traffic::start(&lab, 2001);
+    traffic.flows();
+    for number in 0..12 {
+        match number % 4 {
+            0 => lab.instances(&[("a", 123, 2001, 9002)]),
+            1 => lab.instances(&[("a", 124, 2001, 9002), ("b", 123, 2002, 9001)]),
+            2 => lab.allow("127.0.0.1\n10.0.0.0/8\n"),
+            // another name on the same address: its sockets go on
+            _ => {
+                lab.allow("127.0.0.1\n");
+                lab.instances(&[("c", 123, 2001, 9001)]);
+            }
+        }
+        let changes = lab.reload("all");
+        assert_eq!(changes["failing"], serde_json::json!({}), "reload {number}");
+        if number % 4 == 3 {
+            lab.instances(&[("a", 123, 2001, 9001)]);
+            lab.reload("all");
+        }
+    }
+    traffic.finish();
+    for connection in &mut open {
+        connection.echo("still there");
+    }
+    drop(running);
+}
+
 #[test]
 fn a_thousand_instances_start_and_reload_fast() {
     let lab = Lab::new(&[9001]);

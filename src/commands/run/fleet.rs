@@ -98,8 +98,8 @@ impl Fleet {
     pub(super) async fn start(&self) -> Result<(), pathway::Error> {
         let configuration = Rc::clone(&self.world.configuration.borrow());
         if self.manage_pathways {
-            self.install(&used(&configuration, &self.specs.borrow()))
-                .await?;
+            let wanted = used(&configuration, &self.specs.borrow());
+            self.install(&wanted).await?;
         }
         let names: Vec<String> = self.specs.borrow().keys().cloned().collect();
         for name in &names {
