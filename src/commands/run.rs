@@ -11,7 +11,7 @@ mod view;
 mod watch;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -126,6 +126,11 @@ fn start(
         outcome => outcome.context("cannot make a spoofed socket")?,
     }
     raise_descriptor_limit();
+    let locks = by_instance(locks);
+    let inherited = match &control {
+        Some(_) => locks.keys().cloned().collect(),
+        None => BTreeSet::new(),
+    };
     let count = args
         .workers
         .unwrap_or_else(|| std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
@@ -135,7 +140,7 @@ fn start(
         no_check: args.no_check,
         configuration: RefCell::new(Rc::new(configuration)),
         instances: std::cell::Cell::new(0),
-        locks: RefCell::new(by_instance(locks)),
+        locks: RefCell::new(locks),
         offered: RefCell::default(),
         look: tokio::sync::Mutex::default(),
     };
@@ -155,6 +160,7 @@ fn start(
         name,
         lock: held,
         control,
+        inherited,
     }))
 }
 
@@ -246,6 +252,8 @@ struct Process {
     /// The lock of a process that runs all instances; else it is the first instance's.
     lock: Option<Lock>,
     control: Option<std::os::unix::net::UnixListener>,
+    /// The instances that the process before runs, where there is one.
+    inherited: BTreeSet<String>,
 }
 
 /// How a process stops serving.
@@ -286,7 +294,8 @@ impl Process {
         })
     }
 
-    /// Starts the relays; fails where not a single one listens.
+    /// Starts the relays; fails where not a single one listens, or one that the process before runs
+    /// does not: that process goes on then.
     async fn begin(&self) -> anyhow::Result<()> {
         self.fleet
             .start()
@@ -294,7 +303,8 @@ impl Process {
             .context("cannot install the pathways")?;
         let failing = self.fleet.failing();
         let all = self.fleet.statuses().len();
-        if all > 0 && failing.len() == all {
+        let lost = failing.keys().any(|name| self.inherited.contains(name));
+        if lost || (all > 0 && failing.len() == all) {
             let reasons: Vec<_> = failing
                 .iter()
                 .map(|(name, reason)| format!("instance {name}: {reason}"))
@@ -588,6 +598,8 @@ impl Handler {
                 Err(ReloadError::Configuration(mistakes)) => {
                     Response::configuration(mistakes.draw(false))
                 }
+                // closed without an answer in a moment: the caller then asks the successor
+                Err(ReloadError::Succeeded) => std::future::pending().await,
                 Err(error) => Response::failed(format!("{:#}", anyhow!(error))),
             },
             Request::Upgrade {} => match self.upgrade().await {
@@ -606,11 +618,15 @@ impl Handler {
 
     async fn upgrade(&self) -> anyhow::Result<Upgraded> {
         let _turn = self.fleet.turn.lock().await;
+        if self.fleet.succeeded.get() {
+            return std::future::pending().await;
+        }
         let estate = self.estate()?;
         let program = self.program.clone();
         let successor = tokio::task::spawn_blocking(move || handover::hand_over(program, estate))
             .await
             .context("the handover panicked")??;
+        self.fleet.succeeded.set(true);
         let supervisor = self.fleet.supervisor.borrow();
         let statuses = self.fleet.statuses();
         let active = statuses

@@ -51,13 +51,6 @@ pub struct Conns {
     pub limit: Option<usize>,
 }
 
-impl Request {
-    /// Whether it does no harm when a request that was cut off before its answer is made again.
-    pub fn is_repeatable(&self) -> bool {
-        !matches!(self, Self::Upgrade {})
-    }
-}
-
 /// An answer: `{"ok":…}` or `{"error":{"kind":…,"message":…}}`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -412,6 +412,32 @@ fn an_upgrade_under_traffic_refuses_and_drops_nothing() {
 }
 
 #[test]
+fn an_upgrade_that_would_lose_an_instance_changes_nothing() {
+    let lab = Lab::new(&[9001, 9002]);
+    lab.instances(&[("a", 123, 2001, 9001), ("b", 124, 2002, 9002)]);
+    assert!(lab.ctl("pathway add-all").status.success());
+    let running = lab.run("--all");
+    // the new process would not start b on a pathway that is gone
+    assert!(lab.ctl("pathway del 124").status.success());
+    let output = lab.ctl("upgrade");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("mark 124, is not in place"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(lab.ctl("pathway add 124").status.success());
+    assert_eq!(lab.reload("all")["unchanged"], 2);
+    for (port, service) in [(2001, 9001), (2002, 9002)] {
+        assert_eq!(
+            lab.proxied(port, 39000 + port).expect("relayed").service,
+            service
+        );
+    }
+    drop(running);
+}
+
+#[test]
 fn an_upgrade_that_fails_changes_nothing() {
     let lab = Lab::new(&[9001]);
     lab.instances(&[("a", 123, 2001, 9001)]);

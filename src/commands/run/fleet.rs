@@ -39,6 +39,8 @@ pub(super) enum ReloadError {
     Configuration(#[from] Diagnostics),
     #[error("cannot install the pathways")]
     Pathways(#[from] pathway::Error),
+    #[error("another process has taken over")]
+    Succeeded,
 }
 
 /// What a reload changed.
@@ -69,6 +71,8 @@ pub(super) struct Fleet {
     pub(super) specs: RefCell<Specs>,
     /// Reloads and upgrades come one after the other.
     pub(super) turn: tokio::sync::Mutex<()>,
+    /// Whether another process has taken over: what is changed from here on is its business.
+    pub(super) succeeded: Cell<bool>,
     /// Whether READY=1 was said.
     ready: Cell<bool>,
 }
@@ -90,6 +94,7 @@ impl Fleet {
             manage_pathways,
             specs: RefCell::new(specs),
             turn: tokio::sync::Mutex::default(),
+            succeeded: Cell::new(false),
             ready: Cell::new(false),
         }
     }
@@ -138,6 +143,9 @@ impl Fleet {
     /// Reads the files and applies the difference; a mistake changes nothing.
     pub(super) async fn reload(&self) -> Result<Changes, ReloadError> {
         let _turn = self.turn.lock().await;
+        if self.succeeded.get() {
+            return Err(ReloadError::Succeeded);
+        }
         if self.ready.get() {
             systemd::reloading();
         }
