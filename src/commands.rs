@@ -2,13 +2,19 @@
 //!
 //! Exit codes: 0 done, 1 it failed or a check found something, 2 usage or configuration.
 
+mod ask;
 mod check;
+mod conns;
 mod demo;
+mod explain;
 mod output;
 mod pathway;
 mod probe;
 mod reload;
 mod run;
+mod status;
+mod top;
+mod units;
 mod upgrade;
 
 use std::io::{self, IsTerminal, Write};
@@ -57,6 +63,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Run(args) => run::run(&global, args),
         Command::Reload(args) => reload::run(&global, &args),
         Command::Upgrade(args) => upgrade::run(&global, &args),
+        Command::Status(args) => status::run(&global, &args),
+        Command::Conns(args) => conns::run(&global, args),
+        Command::Top(args) => top::run(&global, &args),
+        Command::Explain(args) => explain::run(&global, &args),
         Command::Check(args) => check::run(&global, &args),
         Command::Probe(args) => probe::run(&global, args),
         Command::Demo(args) => demo::run(&global, args),

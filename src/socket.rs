@@ -237,6 +237,8 @@ pub struct Spoof {
 pub struct Spoofed {
     /// The socket, non-blocking, connecting or connected already (on loopback usually connected).
     pub socket: TcpStream,
+    /// The port that the socket has.
+    pub port: u16,
     /// The client's port was taken (or is privileged and not permitted): the kernel chose another.
     pub port_given_up: bool,
 }
@@ -296,6 +298,7 @@ pub fn spoofed_tcp(spoof: &Spoof) -> Result<Spoofed, SpoofError> {
     }
     Ok(Spoofed {
         socket,
+        port: local.port(),
         port_given_up: wanted != 0 && local.port() != wanted,
     })
 }

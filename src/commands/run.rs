@@ -7,6 +7,7 @@ mod fleet;
 mod handover;
 mod plan;
 mod relay;
+mod view;
 mod watch;
 
 use std::cell::RefCell;
@@ -32,6 +33,7 @@ use tracing::{debug, error, info, warn};
 use self::fleet::{Fleet, ReloadError, Selection};
 use self::handover::{Answer, Estate, Inheritance, Successor};
 use self::relay::{World, lock_name};
+use self::view::View;
 use self::watch::Watch;
 use super::{UsageError, drawn};
 use crate::cli::{Global, RunArgs};
@@ -322,7 +324,13 @@ impl Process {
         let control_again = control
             .try_clone()
             .context("cannot share the control socket")?;
+        let view = View::new(Rc::clone(&self.fleet));
+        let metrics = match &self.args.metrics {
+            Some(endpoint) => Some(view.serve_metrics(endpoint).await?),
+            None => None,
+        };
         let handler = Rc::new(Handler {
+            view,
             fleet: Rc::clone(&self.fleet),
             program: self.program.clone(),
             name: self.name.clone(),
@@ -349,6 +357,9 @@ impl Process {
         let stop = self.look_after(&mut signals, &mut succeeded).await?;
         // whoever asks from here on asks the successor, or is told that nobody runs
         answering.abort();
+        if let Some(metrics) = metrics {
+            metrics.abort();
+        }
         let _ = answering.await;
         drop(handler);
         match stop {
@@ -559,6 +570,7 @@ async fn keep_watchdog(fleet: Rc<Fleet>, every: Duration) {
 
 /// Answers the control socket.
 struct Handler {
+    view: View,
     fleet: Rc<Fleet>,
     program: PathBuf,
     name: String,
@@ -597,6 +609,10 @@ impl Handler {
                     Response::failed(format!("{error:#}"))
                 }
             },
+            Request::Status {}
+            | Request::Conns(_)
+            | Request::ConnsKill { .. }
+            | Request::Explain { .. } => self.view.answer(&request).await,
         }
     }
 

@@ -12,10 +12,6 @@ use crate::runtime_dir::{self, RuntimeDir};
 
 /// How long an answer may take: a reload waits for the firewall's lock, an upgrade for a whole start.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// How often a request meets a process that is just handing over before that is taken for its answer.
-const HAND_OVERS: u32 = 5;
-/// How long the successor gets.
-const HAND_OVER: Duration = Duration::from_millis(20);
 /// The longest answer, in bytes: some hundred thousand connections.
 const MAX_ANSWER: u64 = 256 << 20;
 
@@ -50,20 +46,6 @@ pub enum Error {
     Directory(#[from] runtime_dir::Error),
 }
 
-impl Error {
-    /// Whether the other end closed the connection before it answered.
-    fn is_end_of_connection(&self) -> bool {
-        match self {
-            Self::Closed { .. } => true,
-            Self::Io { source, .. } => matches!(
-                source.kind(),
-                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-            ),
-            _ => false,
-        }
-    }
-}
-
 /// A connection to a running process. Blocking.
 #[derive(Debug)]
 pub struct Client {
@@ -94,27 +76,23 @@ impl Client {
         })
     }
 
-    /// Sends a request and waits for its answer.
-    ///
-    /// A process that hands over to its successor closes its connections. A request that may be made
-    /// twice is then made again, to whoever answers at the path now.
+    /// Sends a request and waits for its answer. Where the process closes the connection without one, the
+    /// request goes once more to whoever has the socket by then: a process that was just succeeded by
+    /// another leaves requests to it.
     ///
     /// # Errors
     /// [`Error::Failed`] where the process says so.
     pub fn ask(&mut self, request: &Request) -> Result<Value, Error> {
-        for _ in 0..HAND_OVERS {
-            match self.ask_once(request) {
-                Err(error) if request.is_repeatable() && error.is_end_of_connection() => {
-                    std::thread::sleep(HAND_OVER);
-                    *self = Self::connect(&self.path)?;
-                }
-                outcome => return outcome,
+        match self.exchange(request) {
+            Err(error) if error.is_closed() => {
+                *self = Self::connect(&self.path)?;
+                self.exchange(request)
             }
+            outcome => outcome,
         }
-        self.ask_once(request)
     }
 
-    fn ask_once(&mut self, request: &Request) -> Result<Value, Error> {
+    fn exchange(&mut self, request: &Request) -> Result<Value, Error> {
         let path = &self.path;
         let fail = |operation| {
             move |source| Error::Io {
@@ -142,6 +120,20 @@ impl Client {
             Ok(Response::Ok(value)) => Ok(value),
             Ok(Response::Error(failure)) => Err(failure.into()),
             Err(error) => Err(fail("understand the answer from")(error.into())),
+        }
+    }
+}
+
+impl Error {
+    /// Whether the other end closed the connection before it answered.
+    fn is_closed(&self) -> bool {
+        match self {
+            Self::Closed { .. } => true,
+            Self::Io { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+            ),
+            Self::Failed(_) | Self::Directory(_) => false,
         }
     }
 }

@@ -13,9 +13,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::counters::{Counters, Totals};
-use super::report::Limiter;
+use super::report::{LastError, Limiter};
 use super::settings::Settings;
 use super::spread::{Arrivals, Spread};
+use super::view::Query;
 use super::worker::{Common, Worker, accept_from};
 use super::workers::{Shared, Workers};
 
@@ -52,6 +53,7 @@ pub struct Server {
     common: Arc<Common>,
     listeners: Mutex<Vec<TcpListener>>,
     ended: tokio::sync::Mutex<mpsc::UnboundedReceiver<Result<(), Error>>>,
+    queries: Vec<mpsc::UnboundedSender<Query>>,
 }
 
 impl Server {
@@ -76,23 +78,28 @@ impl Server {
         let counters: Vec<Arc<Counters>> = chosen.iter().map(|_| Arc::default()).collect();
         let (spread, arrivals) = Spread::new(&counters);
         let (report, ended) = mpsc::unbounded_channel();
+        let (queries, questions): (_, Vec<_>) =
+            chosen.iter().map(|_| mpsc::unbounded_channel()).unzip();
         let server = Self {
             phase: watch::Sender::new(Phase::Serving),
             common: Arc::new(Common {
                 settings: ArcSwap::from_pointee(settings),
                 counters,
+                last_error: Mutex::default(),
                 limiter: Limiter::default(),
                 spread,
             }),
             listeners: Mutex::new(listeners),
             ended: tokio::sync::Mutex::new(ended),
+            queries,
         };
-        let parts = chosen.into_iter().zip(shares).zip(arrivals);
-        for (number, ((worker, listeners), arrivals)) in parts.enumerate() {
+        let parts = chosen.into_iter().zip(shares).zip(arrivals).zip(questions);
+        for (number, (((worker, listeners), arrivals), queries)) in parts.enumerate() {
             let part = Part {
                 number,
                 listeners,
                 arrivals,
+                queries,
             };
             let common = Arc::clone(&server.common);
             let phase = server.phase.subscribe();
@@ -109,6 +116,20 @@ impl Server {
             });
         }
         Ok(server)
+    }
+
+    /// What was last said about a connection that was not relayed.
+    pub fn last_error(&self) -> Option<LastError> {
+        let last = &self.common.last_error;
+        last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks every worker. Each answers once, in its turn; the reply's receiver ends after the last.
+    pub fn ask(&self, query: &Query) {
+        for worker in &self.queries {
+            // a worker that is gone has no connections
+            let _ = worker.send(query.clone());
+        }
     }
 
     /// The counters of each worker thread.
@@ -188,6 +209,7 @@ struct Part {
     number: usize,
     listeners: Vec<TcpListener>,
     arrivals: Arrivals,
+    queries: mpsc::UnboundedReceiver<Query>,
 }
 
 /// The relay's life on one worker thread.
@@ -201,8 +223,10 @@ async fn work(
         number,
         listeners,
         mut arrivals,
+        queries,
     } = part;
     let worker = Worker::new(shared, common, number);
+    tokio::task::spawn_local(Rc::clone(&worker).answer(queries));
     let mut accepting = JoinSet::new();
     for listener in listeners {
         accepting.spawn_local(accept_from(Rc::clone(&worker), listener));

@@ -14,6 +14,7 @@ use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::{mpsc, oneshot};
 
 use super::copy::BUFFER;
+use super::registry::Recent;
 use super::splice::Pool;
 
 /// What every relay on one thread uses in turn.
@@ -21,6 +22,8 @@ pub(super) struct Shared {
     /// In use only inside one poll.
     pub(super) buffer: RefCell<Box<[u8]>>,
     pub(super) pipes: Pool,
+    /// Connections that ended.
+    pub(super) recent: Recent,
 }
 
 /// Runs once on the thread, within its event loop: it may spawn local tasks, and does not block.
@@ -136,6 +139,7 @@ fn work(runtime: &LocalRuntime, mut queue: mpsc::UnboundedReceiver<Job>) {
     let shared = Rc::new(Shared {
         buffer: RefCell::new(vec![0; BUFFER].into_boxed_slice()),
         pipes: Pool::default(),
+        recent: Recent::default(),
     });
     runtime.block_on(async {
         while let Some(job) = queue.recv().await {

@@ -20,3 +20,4 @@ mod supervisor_soak;
 mod supervisor_systemd;
 mod support;
 mod systemd;
+mod view;

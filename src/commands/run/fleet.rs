@@ -68,7 +68,7 @@ pub(super) struct Fleet {
     pub(super) supervisor: RefCell<Supervisor<Relay>>,
     directory: PathBuf,
     manage_pathways: bool,
-    specs: RefCell<Specs>,
+    pub(super) specs: RefCell<Specs>,
     /// Reloads and upgrades come one after the other.
     pub(super) turn: tokio::sync::Mutex<()>,
     /// Whether another process has taken over: what is changed from here on is its business.

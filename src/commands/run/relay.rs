@@ -146,7 +146,8 @@ async fn missing(pathways: &[Pathway]) -> anyhow::Result<BTreeMap<Mark, String>>
 /// A running relay and what goes with it.
 #[derive(Debug)]
 pub(super) struct Relay {
-    pub(super) server: Server,
+    pub(super) instance: Instance,
+    pub(super) server: Rc<Server>,
     lock: RefCell<Option<Lock>>,
 }
 
@@ -177,7 +178,8 @@ impl Relay {
             workers = world.workers.count(), listeners, "relaying"
         );
         Ok(Self {
-            server,
+            instance,
+            server: Rc::new(server),
             lock: RefCell::new(Some(lock)),
         })
     }
