@@ -155,7 +155,13 @@ fn serve(
     host: &Host,
     serve: impl FnOnce(TcpStream) + Send + 'static,
 ) -> std::thread::JoinHandle<()> {
-    let listener = host.enter(|| TcpListener::bind("[::]:7").expect("bind"));
+    // a child that another test is forking just now holds the last listener until it execs
+    let mut bound = None;
+    wait_for("the port", || {
+        bound = host.enter(|| TcpListener::bind("[::]:7")).ok();
+        bound.is_some()
+    });
+    let listener = bound.expect("bound");
     std::thread::spawn(move || serve(listener.accept().expect("accept").0))
 }
 

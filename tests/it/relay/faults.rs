@@ -349,11 +349,11 @@ fn idle_connections(connections: usize) {
     }
     // nobody accepts: the kernel does, and it costs the test no descriptor
     let _service = lab.wks.enter(|| {
-        let socket =
-            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-        let at: SocketAddr = "127.0.0.1:2222".parse().unwrap();
-        socket.bind(&at.into()).unwrap();
-        socket.listen(65_535).unwrap();
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
+            .expect("a listening socket");
+        let at: SocketAddr = "127.0.0.1:2222".parse().expect("a listening socket");
+        socket.bind(&at.into()).expect("a listening socket");
+        socket.listen(65_535).expect("a listening socket");
         socket
     });
     configure(&lab.wks, LISTEN);
