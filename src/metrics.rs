@@ -1,7 +1,7 @@
 //! Metrics over HTTP, for Prometheus: `GET /metrics` on a TCP address or a Unix socket.
 //!
 //! Owns: the listener, the limits on who scrapes. Must not know: where the numbers come from; each scrape
-//! asks for a [`Process`] and writes it down ([`exposition`]).
+//! asks for a [`Process`] and writes it down (`exposition`).
 
 mod classic;
 mod exposition;
