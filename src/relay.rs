@@ -7,6 +7,7 @@
 //! One connection: `worker` (accept, limits) → `setup` (allowed proxy? [`header`], `client`, spoofed
 //! connect) → `copy` and `splice` (both ways, half-close, resets).
 
+mod batch;
 mod client;
 mod copy;
 pub mod counters;
@@ -15,5 +16,7 @@ mod report;
 pub mod settings;
 mod setup;
 mod splice;
+pub mod spp;
 pub mod tcp;
+pub mod udp;
 mod worker;

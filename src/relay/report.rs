@@ -16,7 +16,9 @@ use tracing::{debug, warn};
 use super::counters::{ConnectFailure, Refusal};
 use super::header::{self, HeaderError};
 use super::settings::Settings;
+use super::udp::counters::Dropped;
 use crate::model::{Family, Mark, ProxyAddr, TargetAddr};
+use crate::socket::udp::{Bound, udp_bound};
 use crate::socket::{Failure, SpoofError};
 
 /// The time in which a subject may use up its lines.
@@ -32,6 +34,10 @@ pub(super) enum Subject {
     Refused(Refusal),
     ConnectFailed(ConnectFailure),
     AcceptPaused,
+    /// A datagram.
+    Dropped(Dropped),
+    /// Flows that got no answer.
+    Unanswered,
 }
 
 /// Decides which warnings are said; the rest is said at debug level.
@@ -137,6 +143,27 @@ pub(super) fn bad_header(error: HeaderError, bytes: &[u8]) -> String {
     }
 }
 
+/// A datagram that begins no header: what it looks like.
+pub(super) fn no_header_in_datagram(bytes: &[u8]) -> String {
+    const HINT: &str = "does the proxy send a header on every datagram, or on the first of a flow only? set \
+                        udp-header= as it does";
+    match header::looks_like(bytes) {
+        Some(protocol) => format!("refused: no PROXY header but {protocol}: {HINT}"),
+        None => format!("refused: no PROXY header but {}: {HINT}", Begins(bytes)),
+    }
+}
+
+/// A flow that ended idle and that the service never answered.
+pub(super) fn unanswered(target: TargetAddr, mark: Mark) -> String {
+    let wildcard = match udp_bound(target) {
+        Ok(Bound::Wildcard) => {
+            "; it is bound to the wildcard address and may answer from another one: bind it to the target"
+        }
+        _ => "",
+    };
+    format!("no answer from {target}{wildcard}: {}", pathway_hint(mark))
+}
+
 /// The first bytes of something unknown, quoted.
 struct Begins<'a>(&'a [u8]);
 
@@ -227,6 +254,11 @@ impl ConnectError {
                 cause: Cause::Spoof(error),
             }),
         }
+    }
+
+    /// Whether descriptors or memory ran out.
+    pub(super) fn is_exhausted(&self) -> bool {
+        self.kind == ConnectFailure::NoDescriptors
     }
 
     /// The line about it, with the likely cause.
