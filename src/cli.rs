@@ -1,8 +1,13 @@
 //! What can be typed: clap definitions only.
 
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use crate::model::{ValueError, parse_duration};
 
 /// Lets services behind a PROXY-protocol sender see their real clients: kernel pathways and relays.
 #[derive(Debug, Parser)]
@@ -34,7 +39,7 @@ pub struct Global {
     /// How logs are written on stderr
     #[arg(long, global = true, value_name = "FORMAT", default_value = "auto")]
     pub log_format: LogFormat,
-    /// Say more: -v each connection (go-mmproxy's -v 1), -vv everything (its -v 2)
+    /// Say more: -v the errors of single connections (go-mmproxy's -v 1), -vv every change of their state (its -v 2)
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub verbose: u8,
     /// Say warnings and errors only
@@ -140,6 +145,22 @@ pub struct RunArgs {
     /// The instance, as named in instances.tsv
     #[arg(value_name = "INSTANCE")]
     pub instance: String,
+    /// Start although the pathway may not be in place
+    #[arg(long)]
+    pub no_check: bool,
+    /// Worker threads [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<NonZeroUsize>,
+    /// How long open connections may go on after SIGTERM, such as 30s, 500ms or 2m; a second signal ends them at once
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = drain_timeout)]
+    pub drain_timeout: Duration,
+}
+
+fn drain_timeout(text: &str) -> Result<Duration, ValueError> {
+    match text {
+        "0" | "0s" => Ok(Duration::ZERO),
+        text => parse_duration(text),
+    }
 }
 
 /// `check`.
@@ -152,10 +173,104 @@ pub struct CheckArgs {
 
 /// `probe`.
 #[derive(Debug, Args)]
+#[command(after_help = PROBE_EXAMPLES)]
 pub struct ProbeArgs {
-    /// The relay to connect to, ADDR:PORT
-    #[arg(value_name = "ADDR:PORT")]
-    pub relay: std::net::SocketAddr,
+    /// The relay to connect to
+    #[arg(value_name = "ADDR:PORT", value_parser = endpoint)]
+    pub relay: SocketAddr,
+    /// Whose connection this is said to be
+    #[arg(
+        long,
+        value_name = "ADDR:PORT",
+        value_parser = endpoint,
+        required_unless_present_any = ["local", "unknown", "unspec", "corrupt"],
+    )]
+    pub client: Option<SocketAddr>,
+    /// Where that client is said to have connected to, in its family [default: the relay, or a
+    /// documentation address of the client's family]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = endpoint, conflicts_with = "nobody")]
+    pub destination: Option<SocketAddr>,
+    /// The header's form: 1 is a line of text, 2 is binary [default: 2]
+    #[arg(long, value_name = "1|2", value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub version: Option<u8>,
+    /// Send LOCAL, as a health check of the proxy's own does (version 2)
+    #[arg(long, group = "nobody", conflicts_with = "client")]
+    pub local: bool,
+    /// Send UNKNOWN: no client is named (version 1)
+    #[arg(long, group = "nobody", conflicts_with = "client")]
+    pub unknown: bool,
+    /// Send PROXY with family UNSPEC: no client is named (version 2)
+    #[arg(long, group = "nobody", conflicts_with = "client")]
+    pub unspec: bool,
+    /// Append a TLV: a type and its value in hexadecimal (0xee=00ff), or a name and a text
+    /// (alpn=h2, authority=example.org, unique-id=42, netns=blue); may be repeated (version 2)
+    #[arg(long, value_name = "TYPE=VALUE")]
+    pub tlv: Vec<String>,
+    /// Append a CRC32C of the header (version 2)
+    #[arg(long)]
+    pub crc32c: bool,
+    /// Send the header in so many pieces, each a segment of its own
+    #[arg(long, value_name = "PIECES", default_value = "1")]
+    pub split: std::num::NonZeroUsize,
+    /// The pause between two pieces
+    #[arg(long, value_name = "DURATION", default_value = "20ms", value_parser = parse_duration)]
+    pub split_delay: Duration,
+    /// Spoil the header, to see that it is refused
+    #[arg(long, value_name = "HOW")]
+    pub corrupt: Option<Corruption>,
+    /// Connect from this address of this host
+    #[arg(long, value_name = "ADDR")]
+    pub source: Option<IpAddr>,
+    /// How long to wait for the connection, and for an answer once stdin has ended
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_duration)]
+    pub timeout: Duration,
+}
+
+const PROBE_EXAMPLES: &str = "\
+Examples:
+  mmproxyctl probe 100.64.0.1:2222 --client 192.0.2.7:40000 </dev/null
+      sshd's banner, with 192.0.2.7 in its log
+  printf 'GET / HTTP/1.0\\r\\n\\r\\n' | mmproxyctl probe [fd00::1]:8080 --client [2001:db8::7]:40000 --version 1
+      the page, asked for by 2001:db8::7
+
+Exit code 0 when the other end answered or closed in order, 1 when it refused, reset or kept silent.";
+
+/// What `probe --corrupt` does to a header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Corruption {
+    /// No header at all: stdin comes first
+    Missing,
+    /// The header's first half and then the end
+    Truncated,
+    /// Another signature
+    BadSignature,
+    /// A family that does not exist
+    BadFamily,
+    /// A length that no receiver takes
+    OversizedLength,
+    /// An IPv4 address with 256 in it (version 1)
+    BadAddress,
+    /// Port 65536 (version 1)
+    BadPort,
+    /// LF alone at the line's end (version 1)
+    BadEnd,
+    /// Version 3 (version 2)
+    BadVersion,
+    /// Command 15 (version 2)
+    BadCommand,
+    /// A length that is too small for the addresses (version 2)
+    ShortLength,
+    /// A TLV that is cut off (version 2)
+    TruncatedTlv,
+    /// A CRC32C with a changed bit (version 2)
+    BadCrc,
+}
+
+/// An address and a port, as a header may name them: any port, also 0.
+fn endpoint(text: &str) -> Result<SocketAddr, &'static str> {
+    text.parse().map_err(
+        |_| "expected an address and a port such as 192.0.2.7:40000 or [2001:db8::7]:40000",
+    )
 }
 
 /// `demo`.

@@ -4,6 +4,7 @@
 
 mod check;
 mod demo;
+mod output;
 mod pathway;
 mod probe;
 mod run;
@@ -15,6 +16,7 @@ use clap::{CommandFactory, Parser};
 
 use crate::cli::{Cli, Command};
 use crate::config::Diagnostics;
+use crate::logging;
 
 /// A failure that is the caller's to mend, in what was typed or configured: exit code 2.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +26,7 @@ pub struct UsageError(pub String);
 /// Parses the command line, runs the verb, prints an error chain once on stderr.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    logging::init(&cli.global);
     match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {

@@ -10,10 +10,15 @@ mod instance_options;
 mod instances;
 mod options;
 mod pathways;
+#[cfg(test)]
+mod properties;
 mod source;
+mod targets;
+#[cfg(test)]
+mod tests;
 mod together;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -141,7 +146,7 @@ fn load_with(
         Err(error) => Some(error),
     };
     if let Some(error) = &directory_problem {
-        found.push(unreadable(directory, error, IN_DIRECTORY));
+        found.push(unreadable(directory, error, DIRECTORY));
     }
     let mut read = |path: PathBuf, expected: &str, in_directory: bool| {
         if in_directory && directory_problem.is_some() {
@@ -173,7 +178,7 @@ fn load_with(
     let mut own_allow = OwnLists::new(directory, &default_allow_path, default_allow.as_ref());
     if let Some(source) = &instance_source {
         own_allow.read(source, &instance_lines, &mut found);
-        if instance_lines.is_empty() {
+        if instance_lines.is_empty() && found.errors() == 0 {
             found.push(Diagnostic::warning(
                 source.path(),
                 "no instance is defined",
@@ -235,9 +240,13 @@ pub fn load_pathways(directory: &Path) -> Result<PathwayFiles, Diagnostics> {
     })
 }
 
+/// What was expected where the directory should be.
+const DIRECTORY: &str =
+    "a directory, named by --config-dir, else by $MMPROXY_CONFIG_DIR, else /etc/mmproxy";
+
 /// What was expected of a file in the directory.
-const IN_DIRECTORY: &str =
-    "the configuration directory of --config-dir, else $MMPROXY_CONFIG_DIR, else /etc/mmproxy";
+const IN_DIRECTORY: &str = "a text file in UTF-8, in the directory that --config-dir names, \
+    else $MMPROXY_CONFIG_DIR, else /etc/mmproxy";
 
 /// What was expected of the default allow list.
 const FOR_ALLOW: &str = "the trusted proxies in $ALLOW_LIST_PATH, else in allow.txt in the configuration \
@@ -267,7 +276,7 @@ fn read_instances<'s>(
     together::check(source, &lines, found);
     // without the file there are no marks to compare with, and its absence has been said where it matters
     if let Some(pathways) = pathways {
-        let marks: Vec<Mark> = pathways.iter().map(|line| line.mark).collect();
+        let marks: BTreeSet<Mark> = pathways.iter().map(|line| line.mark).collect();
         together::check_marks(source, &lines, &marks, found);
     }
     lines

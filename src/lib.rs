@@ -11,6 +11,7 @@
 //! | [`socket`] | every socket option there is | connections |
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
+//! | [`logging`] | which log lines are written, and in which form | who writes them |
 //! | [`runtime_dir`] | lock files, named by instance and network namespace | what they protect |
 //!
 //! Dependencies run one way: `commands → {config, pathway, relay} → {socket, model}`; pathway and relay
@@ -21,12 +22,13 @@
 //! `pathway add 123`: [`cli`] → [`commands`] → [`config`] → `pathway::plan` (pure: wanted state, diff)
 //! → `pathway::netlink` and `pathway::firewall` (apply, read back) → a report.
 //!
-//! One connection: `relay::tcp` (accept, allowed proxy?) → `relay::header` (incremental, pure) →
-//! [`socket`] (spoofed, marked connect to the target of the client's family) → copy both ways.
+//! One connection: `relay::worker` (accept) → `relay::setup` (allowed proxy? [`relay::header`], pure) →
+//! [`socket`] (spoofed, marked connect to the target of the client's family) → `relay::copy` both ways.
 
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod logging;
 pub mod model;
 pub mod pathway;
 pub mod relay;

@@ -237,7 +237,11 @@ pub async fn list(wanted: &[Pathway]) -> Result<Vec<Listed>, Error> {
             }
         })
         .collect();
-    listed.extend(not_configured(wanted, &reading.present, &host::our_routes().await?));
+    listed.extend(not_configured(
+        wanted,
+        &reading.present,
+        &host::our_routes().await?,
+    ));
     Ok(listed)
 }
 
@@ -301,11 +305,10 @@ impl Report {
 
     /// Marks of the pathways that something changed for.
     pub fn changed_marks(&self) -> BTreeSet<Mark> {
-        host::marks(&self.changes)
+        self.changes.iter().map(|change| change.mark).collect()
     }
 }
 
-/// The family that a step concerns, for a report.
 impl Step {
     /// The family of the piece.
     pub fn family(&self) -> Family {

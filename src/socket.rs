@@ -4,7 +4,7 @@
 //! Must not know: connections as a whole, counters, log lines.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -384,20 +384,30 @@ enum Locality {
     Broadcast,
 }
 
-/// Asks the routing tables: the kernel's source address towards a local address is that address.
+/// Asks the routing tables, without regard to `ip_nonlocal_bind`. Connecting a datagram socket sends
+/// nothing; the port (discard) plays no part.
+///
+/// IPv4: the output look-up refuses (EINVAL) a bound source that is not local. The source it would
+/// choose itself does not tell: towards a secondary address that is the primary one.
+/// IPv6: the look-up takes any bound source, and the source it chooses towards a local address is that
+/// very address (RFC 6724, rule 1).
 fn locality(ip: IpAddr) -> io::Result<Locality> {
-    let unspecified: IpAddr = match Family::of(ip) {
-        Family::V4 => std::net::Ipv4Addr::UNSPECIFIED.into(),
-        Family::V6 => std::net::Ipv6Addr::UNSPECIFIED.into(),
+    let bound = match ip {
+        IpAddr::V4(_) => ip,
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
-    let socket = UdpSocket::bind((unspecified, 0))?;
-    // connecting a datagram socket sends nothing; the port (discard) plays no part
-    match socket.connect((ip, 9)) {
-        Ok(()) if socket.local_addr()?.ip() == ip => Ok(Locality::Local),
-        Ok(()) => Ok(Locality::Foreign),
+    let outcome = UdpSocket::bind((bound, 0)).and_then(|socket| {
+        socket.connect((ip, 9))?;
+        socket.local_addr()
+    });
+    match outcome {
+        Ok(source) if source.ip() == ip => Ok(Locality::Local),
+        Ok(_) => Ok(Locality::Foreign),
         Err(error) => match error.raw_os_error() {
             Some(libc::EACCES) => Ok(Locality::Broadcast),
-            Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EINVAL) => Ok(Locality::Foreign),
+            Some(libc::EINVAL | libc::EADDRNOTAVAIL | libc::ENETUNREACH | libc::EHOSTUNREACH) => {
+                Ok(Locality::Foreign)
+            }
             _ => Err(error),
         },
     }

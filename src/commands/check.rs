@@ -4,9 +4,9 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use comfy_table::{Table, presets};
 use serde::Serialize;
 
+use super::output::{print_json, table, trimmed};
 use crate::cli::{CheckArgs, Global};
 use crate::config::{self, Configuration, Diagnostics};
 use crate::model::{AllowList, ConnmarkMode, Family, Instance, Pathway};
@@ -19,7 +19,7 @@ pub(super) fn run(global: &Global, args: &CheckArgs) -> anyhow::Result<ExitCode>
             Ok(ExitCode::SUCCESS)
         }
         Ok(configuration) => {
-            if !configuration.warnings.is_empty() && !global.quiet {
+            if !configuration.warnings.is_empty() {
                 eprintln!("{}\n", super::drawn(&configuration.warnings));
             }
             io::stdout().write_all(summary(&configuration).as_bytes())?;
@@ -33,13 +33,6 @@ pub(super) fn run(global: &Global, args: &CheckArgs) -> anyhow::Result<ExitCode>
     }
 }
 
-fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value)?;
-    writeln!(out)?;
-    Ok(())
-}
-
 /// `--json` of files without a mistake.
 #[derive(Serialize)]
 struct Valid<'c> {
@@ -48,7 +41,8 @@ struct Valid<'c> {
     pathways: &'c [Pathway],
     instances: Vec<InstanceAndList<'c>>,
     allow_list: List<'c>,
-    warnings: &'c Diagnostics,
+    errors: usize,
+    diagnostics: &'c Diagnostics,
 }
 
 #[derive(Serialize)]
@@ -84,7 +78,8 @@ impl<'c> Valid<'c> {
                 path: &configuration.default_allow_path,
                 allowed: prefixes(&configuration.default_allow),
             },
-            warnings: &configuration.warnings,
+            errors: 0,
+            diagnostics: &configuration.warnings,
         }
     }
 }
@@ -94,9 +89,9 @@ impl<'c> Valid<'c> {
 struct Invalid<'c> {
     valid: bool,
     config_dir: &'c Path,
-    /// How many mistakes; of very many, not all are in the list.
+    /// How many mistakes; of very many, not all are in the list, which has the warnings too.
     errors: usize,
-    mistakes: &'c Diagnostics,
+    diagnostics: &'c Diagnostics,
 }
 
 impl<'c> Invalid<'c> {
@@ -105,7 +100,7 @@ impl<'c> Invalid<'c> {
             valid: false,
             config_dir,
             errors: mistakes.errors(),
-            mistakes,
+            diagnostics: mistakes,
         }
     }
 }
@@ -201,24 +196,4 @@ fn instance_table(instances: &[Instance]) -> String {
         ]);
     }
     trimmed(&table)
-}
-
-fn table<const N: usize>(header: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(header);
-    table
-}
-
-/// The table without the blanks that pad its last column, and its left edge.
-fn trimmed(table: &Table) -> String {
-    let lines: Vec<String> = table
-        .lines()
-        .map(|line| {
-            line.strip_prefix(' ')
-                .unwrap_or(&line)
-                .trim_end()
-                .to_owned()
-        })
-        .collect();
-    lines.join("\n")
 }

@@ -41,7 +41,7 @@ pub(super) fn parse<'s>(source: &'s Source, found: &mut Diagnostics) -> Vec<Line
 }
 
 /// The cells of each line that has any, untrimmed.
-fn records<'s>(source: &'s Source, found: &mut Diagnostics) -> Vec<Vec<Word<'s>>> {
+pub(super) fn records<'s>(source: &'s Source, found: &mut Diagnostics) -> Vec<Vec<Word<'s>>> {
     let text = source.text();
     let mut reader = ReaderBuilder::new()
         .delimiter(b'\t')

@@ -3,16 +3,14 @@
 //! Owns: the lines, and what pathways may not have in common. Must not know: instances.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
 use ipnet::IpNet;
 
 use super::diagnostics::{Diagnostic, Diagnostics};
 use super::options::Options;
 use super::source::{Source, Word};
-use crate::model::{
-    ConnmarkMode, Mark, Mask, Pathway, Priority, TableId, ValueError, parse_prefix,
-};
+use super::targets;
+use crate::model::{ConnmarkMode, Mark, Mask, Pathway, Priority, TableId, ValueError};
 
 const OPTIONS: [&str; 6] = ["table", "priority", "mask", "targets", "name", "connmark"];
 
@@ -92,7 +90,7 @@ fn parse_line<'s>(
     let name = options.value("name", parse_name, found);
     let targets = options
         .text("targets")
-        .map(|list| parse_targets(source, &options, list, found))
+        .map(|list| targets::parse(source, &options, list, found))
         .unwrap_or_default();
     let mark = mark?;
 
@@ -193,7 +191,7 @@ fn warn_foreign_bits(
             "mask {mask} of mark {mark} has bits that {} may set: such packets miss the pathway",
             overlaps.join(" and ")
         ),
-        format!("{way_out} where it runs on this host"),
+        format!("{way_out} where that runs on this host"),
     ));
 }
 
@@ -210,82 +208,6 @@ fn parse_name(text: &str) -> Result<String, ValueError> {
             format!("'{text}' is not a name"),
             "letters, digits, '.', '_' and '-', at most 64 of them",
         ))
-    }
-}
-
-fn parse_targets(
-    source: &Source,
-    options: &Options<'_>,
-    list: Word<'_>,
-    found: &mut Diagnostics,
-) -> BTreeSet<IpNet> {
-    let mut targets = BTreeSet::new();
-    for word in list.split(|c| c == ',') {
-        // nothing between two commas has no characters to point at
-        let at = match options.word("targets") {
-            Some(whole) if word.text.is_empty() => whole,
-            _ => word,
-        };
-        match parse_target(word.text) {
-            Ok(Target::Network { given, network }) => {
-                if given != network {
-                    found.push(Diagnostic::warning(
-                        source.position(at),
-                        format!("{given} has bits set behind its length"),
-                        network.to_string(),
-                    ));
-                }
-                targets.insert(network);
-            }
-            Ok(Target::Loopback(network)) => found.push(Diagnostic::warning(
-                source.position(at),
-                format!("{network} is loopback, which every pathway serves anyway"),
-                "addresses that are not loopback",
-            )),
-            Err(mistake) => found.push(Diagnostic::value(source.position(at), mistake)),
-        }
-    }
-    targets
-}
-
-enum Target {
-    Network { given: IpNet, network: IpNet },
-    Loopback(IpNet),
-}
-
-fn parse_target(text: &str) -> Result<Target, ValueError> {
-    const EXPECTED: &str =
-        "the services' own addresses or networks such as 10.0.0.5 or fd00:1::/64";
-    let given = parse_prefix(text).map_err(|mistake| ValueError::new(mistake.problem, EXPECTED))?;
-    let network = given.trunc();
-    let wrong = |problem: String| Err(ValueError::new(problem, EXPECTED));
-    if network.prefix_len() == 0 {
-        // without "from" narrowed down, the table captures the relay's own packets, whose source is the client
-        return wrong(format!(
-            "{text} as target would lead every packet with the mark back to this host"
-        ));
-    }
-    let loopback = if network.addr().is_ipv4() {
-        IpNet::V4(ipnet::Ipv4Net::new_assert(
-            std::net::Ipv4Addr::new(127, 0, 0, 0),
-            8,
-        ))
-    } else {
-        IpNet::from(IpAddr::V6(std::net::Ipv6Addr::LOCALHOST))
-    };
-    if loopback.contains(&network) {
-        return Ok(Target::Loopback(given));
-    }
-    if network.contains(&loopback) {
-        return wrong(format!("{text} covers loopback"));
-    }
-    match network.addr() {
-        IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => {
-            wrong(format!("{text} is IPv4 in IPv6 form"))
-        }
-        addr if addr.is_multicast() => wrong(format!("{text} is multicast")),
-        addr if addr.is_unspecified() => wrong(format!("{text} is no address of a service")),
-        _ => Ok(Target::Network { given, network }),
     }
 }
 

@@ -86,11 +86,15 @@ impl Source {
         Ok(Self::new(&path, &bytes))
     }
 
-    /// A source of these bytes. A byte-order mark at the very start (Windows editors) is dropped.
+    /// A source of these bytes. Byte-order marks at the very start (Windows editors, and files
+    /// put together from theirs) are dropped: csv would drop the second one and shift the columns.
     pub(super) fn new(path: &Path, bytes: &[u8]) -> Self {
         let mut text = String::with_capacity(bytes.len());
         let mut undecodable = Vec::new();
-        let bytes = bytes.strip_prefix(BYTE_ORDER_MARK_BYTES).unwrap_or(bytes);
+        let mut bytes = bytes;
+        while let Some(rest) = bytes.strip_prefix(BYTE_ORDER_MARK_BYTES) {
+            bytes = rest;
+        }
         for chunk in bytes.utf8_chunks() {
             text.push_str(chunk.valid());
             if !chunk.invalid().is_empty() {

@@ -1,6 +1,6 @@
 //! What instances may not have in common with each other, and what they need from pathways.conf.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use super::diagnostics::{Diagnostic, Diagnostics};
@@ -21,7 +21,7 @@ pub(super) fn check(source: &Source, lines: &[Line<'_>], found: &mut Diagnostics
 pub(super) fn check_marks(
     source: &Source,
     lines: &[Line<'_>],
-    marks: &[Mark],
+    marks: &BTreeSet<Mark>,
     found: &mut Diagnostics,
 ) {
     const SHOWN: usize = 20;

@@ -291,7 +291,10 @@ mod tests {
             "-m mark --mark 0x7b -j CONNMARK --save-mark",
         ] {
             let found = connmark(words).expect(words);
-            assert_eq!((found.mark, found.mask, found.comment), (123, u32::MAX, None));
+            assert_eq!(
+                (found.mark, found.mask, found.comment),
+                (123, u32::MAX, None)
+            );
         }
     }
 

@@ -10,12 +10,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::time::Duration;
 
-use crate::model::{ConnmarkMode, Family, Mark, Pathway};
+use crate::model::{ConnmarkMode, Family, Pathway};
 use crate::runtime_dir::{self, RuntimeDir};
 
 use super::firewall::iptables::{self, Tool};
 use super::netlink::{self, Lookup, Netlink, RoutesOf};
-use super::piece::{Chain, FoundRoute, Step};
+use super::piece::{FoundRoute, Made, Step};
 use super::plan::{self, Change, Facts, Goal, Plan, Present, TableTaken};
 
 /// Up to this many tables are read one by one; beyond, one dump of everything is cheaper.
@@ -61,7 +61,7 @@ pub enum Error {
     #[error("not in place after all was done: {0}")]
     NotVerified(String),
     /// It failed half-way, and what the run had changed was taken back.
-    #[error("{changes} changes were taken back")]
+    #[error("failed, and took back what it had changed until then ({changes} changes)")]
     Undone {
         /// How many.
         changes: usize,
@@ -70,7 +70,9 @@ pub enum Error {
         source: Box<Error>,
     },
     /// It failed half-way, and so did taking back.
-    #[error("what stands although the run failed: {stands}")]
+    #[error(
+        "failed, and could not take back all that it had changed until then; these stand: {stands}"
+    )]
     Stands {
         /// The commands whose effect stands.
         stands: String,
@@ -223,8 +225,7 @@ impl Host {
         let families = kernel_families();
         let mut served = vec![Family::V4];
         let mut notes = Vec::new();
-        let mut without_v6 =
-            |why: &str| notes.push(format!("{why}: the pathways serve IPv4 only"));
+        let mut without_v6 = |why: &str| notes.push(format!("{why}: the pathways serve IPv4 only"));
         // the kernel asks the interface's own switch, and `all` writes through to it
         if !families.contains(&Family::V6) {
             without_v6("this kernel runs without IPv6");
@@ -341,7 +342,10 @@ impl Host {
 
     /// Applies changes in order; `done` holds what was reached, also on failure.
     async fn apply(&self, changes: &[Change], done: &mut Vec<Step>) -> Result<(), Error> {
-        let steps: Vec<Step> = changes.iter().map(|change| change.command.clone()).collect();
+        let steps: Vec<Step> = changes
+            .iter()
+            .map(|change| change.command.clone())
+            .collect();
         for batch in steps.chunk_by(same_transaction) {
             self.run(batch).await?;
             done.extend_from_slice(batch);
@@ -357,8 +361,13 @@ impl Host {
             [Step::AddRoute(route)] => self.netlink.add_route(route).await?,
             [Step::AdoptRoute { route, .. }] => self.netlink.replace_route(route).await?,
             [Step::DelRoute(route)] => self.netlink.del_route(route).await?,
-            [Step::DropChain { family, chain, .. }] => drop_chain(*family, *chain)?,
-            [Step::DropTable { family }] => drop_table(*family)?,
+            // "did not" means that somebody else uses it by now: then it is theirs
+            [Step::DropChain { family, chain, .. }] => {
+                iptables::drop_chain(*family, *chain)?;
+            }
+            [Step::DropTable { family }] => {
+                iptables::drop_table(*family)?;
+            }
             [Step::InsertLine(line) | Step::DelLine(line), ..] => {
                 let tool = self
                     .tools
@@ -401,16 +410,27 @@ impl Host {
                 stands.extend(batch.iter().filter_map(Step::inverse));
             }
         }
-        // chains that came with the lines
+        // chains and tables that came with the lines; chains sort before tables
+        let mut made = BTreeSet::new();
         for step in &done {
-            if let Step::InsertLine(line) = step
-                && line.made.is_some()
-                && let Err(error) = drop_chain(line.family, line.chain)
-                    .and_then(|()| match line.made {
-                        Some(super::piece::Made::Table) => drop_table(line.family),
-                        _ => Ok(()),
-                    })
-            {
+            if let Step::InsertLine(line) = step {
+                made.extend(
+                    line.made
+                        .map(|_| (Made::Chain, line.family, Some(line.chain))),
+                );
+                made.extend((line.made == Some(Made::Table)).then_some((
+                    Made::Table,
+                    line.family,
+                    None,
+                )));
+            }
+        }
+        for (_, family, chain) in made {
+            let dropped = match chain {
+                Some(chain) => iptables::drop_chain(family, chain),
+                None => iptables::drop_table(family),
+            };
+            if let Err(error) = dropped {
                 tracing::error!(%error, "cannot take back");
             }
         }
@@ -426,26 +446,10 @@ impl Host {
     }
 }
 
-fn drop_chain(family: Family, chain: Chain) -> Result<(), Error> {
-    // "did not" means that somebody else uses it by now: it is theirs
-    iptables::drop_chain(family, chain)?;
-    Ok(())
-}
-
-fn drop_table(family: Family) -> Result<(), Error> {
-    iptables::drop_table(family)?;
-    Ok(())
-}
-
 fn same_transaction(left: &Step, right: &Step) -> bool {
     let program = |step: &Step| match step {
         Step::InsertLine(line) | Step::DelLine(line) => Some(line.program.clone()),
         _ => None,
     };
     program(left).is_some() && program(left) == program(right)
-}
-
-/// Marks that a change touches, for a report.
-pub(super) fn marks(changes: &[Change]) -> BTreeSet<Mark> {
-    changes.iter().map(|change| change.mark).collect()
 }

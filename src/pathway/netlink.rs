@@ -15,12 +15,12 @@ use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
     NetlinkMessage, NetlinkPayload,
 };
+use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
-use rtnetlink::packet_route::AddressFamily;
 use tokio::task::JoinHandle;
 
 use crate::model::Family;
@@ -291,14 +291,12 @@ impl Netlink {
             if let RouteNetlinkMessage::NewRoute(route) = message {
                 return Ok(match route.header.kind {
                     RouteType::Local => Lookup::Local,
-                    RouteType::Unicast => {
-                        Lookup::Via(route.attributes.iter().find_map(|attribute| {
-                            match attribute {
-                                RouteAttribute::Oif(index) => Some(*index),
-                                _ => None,
-                            }
-                        }))
-                    }
+                    RouteType::Unicast => Lookup::Via(route.attributes.iter().find_map(
+                        |attribute| match attribute {
+                            RouteAttribute::Oif(index) => Some(*index),
+                            _ => None,
+                        },
+                    )),
                     _ => Lookup::Forbidden,
                 });
             }
@@ -326,10 +324,7 @@ impl Netlink {
         let operation = || format!("delete the {} rule {rule}", rule.family);
         // every attribute is sent: the kernel deletes the first rule that fits what it is told
         let request = RouteNetlinkMessage::DelRule(rule_message(rule));
-        unless(
-            libc::ENOENT,
-            self.ask(&operation, request, NLM_F_ACK).await,
-        )
+        unless(libc::ENOENT, self.ask(&operation, request, NLM_F_ACK).await)
     }
 
     /// Adds a route where there is none; an existing one is refused, whoever owns it.
@@ -361,10 +356,7 @@ impl Netlink {
     pub async fn del_route(&self, route: &Route) -> Result<(), Error> {
         let operation = || format!("delete the {} route {route}", route.family);
         let request = RouteNetlinkMessage::DelRoute(route_message(route));
-        unless(
-            libc::ESRCH,
-            self.ask(&operation, request, NLM_F_ACK).await,
-        )
+        unless(libc::ESRCH, self.ask(&operation, request, NLM_F_ACK).await)
     }
 }
 
@@ -486,10 +478,7 @@ fn route_message(route: &Route) -> RouteMessage {
     message.header.table = short_table(route.table);
     message.header.protocol = RouteProtocol::from(route.protocol);
     message.header.kind = RouteType::Local;
-    message.attributes = vec![
-        RouteAttribute::Table(route.table),
-        RouteAttribute::Oif(LO),
-    ];
+    message.attributes = vec![RouteAttribute::Table(route.table), RouteAttribute::Oif(LO)];
     match route.family {
         Family::V4 => message.header.scope = RouteScope::Host,
         Family::V6 => {

@@ -14,9 +14,7 @@ use crate::model::{ConnmarkMode, Family, Mark, Pathway};
 
 use super::firewall::Ruleset;
 use super::lines;
-use super::piece::{
-    Chain, FoundRoute, Job, Line, PROTOCOL, Route, Rule, Step, UNTAGGED, loopback,
-};
+use super::piece::{Chain, FoundRoute, Job, Line, PROTOCOL, Route, Rule, Step, UNTAGGED, loopback};
 
 /// Where a rule stands that shall answer only when the main table (32766) has no route.
 pub const UNROUTED_PRIORITY: u32 = 40_000;
@@ -134,8 +132,8 @@ fn wanted_rules(pathway: &Pathway, family: Family, facts: &Facts) -> Vec<Rule> {
             ..marked
         };
         rules.push(rule);
-        let own = source.prefix_len() == source.max_prefix_len()
-            && facts.own.contains(&source.addr());
+        let own =
+            source.prefix_len() == source.max_prefix_len() && facts.own.contains(&source.addr());
         if own && !facts.default_route.contains(&family) {
             rules.push(Rule {
                 priority: UNROUTED_PRIORITY,
@@ -207,22 +205,19 @@ pub struct Change {
     pub command: Step,
 }
 
-/// A route of another program in a pathway's table: every look-up of the pathway could meet it first,
+/// A table that a pathway cannot have: every look-up of the pathway could meet the other's route first,
 /// and taking the table over could break its owner.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "table {table} of mark {mark} holds another program's {family} route ({route}): \
-     give the pathway another with table=, or remove the route"
+    "table {table} is not free for mark {mark}: it {why}; give the pathway another with table="
 )]
 pub struct TableTaken {
     /// The pathway.
     pub mark: Mark,
     /// Its table.
     pub table: u32,
-    /// The route's family.
-    pub family: Family,
-    /// The route.
-    pub route: String,
+    /// Whose it is, as the end of "it …".
+    pub why: String,
 }
 
 /// The way from what is there to what is wanted, in the order to go.
@@ -294,6 +289,10 @@ pub fn plan(goal: Goal, pathways: &[Pathway], facts: &Facts, present: &Present) 
         tables: tables(pathways, &present.rules),
         by_table: index(&present.rules, |rule| Some(rule.table)),
         by_mark: index(&present.rules, |rule| rule.mark.map(|(mark, _)| mark)),
+        destination: pathways
+            .iter()
+            .map(|pathway| (pathway.mark, pathway.table.get()))
+            .collect(),
         routes: BTreeMap::new(),
         stale: Vec::new(),
         plan: Plan::default(),
@@ -318,7 +317,9 @@ pub fn plan(goal: Goal, pathways: &[Pathway], facts: &Facts, present: &Present) 
         differ.stale_routes(pathway, &rules);
     }
     let Differ {
-        mut plan, stale, ..
+        mut plan,
+        mut stale,
+        ..
     } = differ;
     // The marked rules go last: they are what says which table is the pathway's, so a run that is
     // killed here leaves nothing that the next one cannot attribute. A rule that finds its table
@@ -328,7 +329,6 @@ pub fn plan(goal: Goal, pathways: &[Pathway], facts: &Facts, present: &Present) 
         Step::DelRoute(_) => 1,
         _ => 2,
     };
-    let mut stale = stale;
     stale.sort_by_key(place);
     plan.changes.extend(stale);
     plan
@@ -353,6 +353,8 @@ struct Differ<'a> {
     tables: BTreeMap<Mark, BTreeSet<u32>>,
     by_table: BTreeMap<u32, Vec<Rule>>,
     by_mark: BTreeMap<u32, Vec<Rule>>,
+    /// Where each pathway will be.
+    destination: BTreeMap<Mark, u32>,
     routes: BTreeMap<u32, Vec<&'a FoundRoute>>,
     stale: Vec<Change>,
     plan: Plan,
@@ -368,8 +370,30 @@ impl Differ<'_> {
         });
     }
 
+    /// The mark of a pathway of ours that has this table and is not about to leave it.
+    fn tenant(&self, pathway: &Pathway) -> Option<u32> {
+        let table = pathway.table.get();
+        let rules = self.by_table.get(&table)?.iter();
+        let mut marks = rules
+            .filter(|rule| rule.is_ours())
+            .filter_map(|rule| Some(rule.mark?.0));
+        marks.find(|&mark| {
+            mark != pathway.mark.get()
+                && Mark::new(mark)
+                    .and_then(|mark| self.destination.get(&mark))
+                    .is_none_or(|wanted| *wanted == table)
+        })
+    }
+
     fn make_routes(&mut self, pathway: &Pathway) {
         let table = pathway.table.get();
+        if let (Goal::Add, Some(tenant)) = (self.goal, self.tenant(pathway)) {
+            self.plan.conflicts.push(TableTaken {
+                mark: pathway.mark,
+                table,
+                why: format!("is the table of mark {tenant}"),
+            });
+        }
         for &family in &self.facts.families {
             let route = Route {
                 family,
@@ -381,31 +405,23 @@ impl Differ<'_> {
             }
             let mut there = None;
             for found in self.routes.get(&table).into_iter().flatten() {
-                match found {
-                    FoundRoute::LocalDefault(found) if found.family == family => {
-                        if found.is_ours() || UNTAGGED.contains(&found.protocol) {
-                            there = Some(found.protocol);
-                        } else {
-                            self.plan.conflicts.push(TableTaken {
-                                mark: pathway.mark,
-                                table,
-                                family,
-                                route: found.to_string(),
-                            });
-                        }
+                let foreign = match found {
+                    FoundRoute::LocalDefault(found) if found.family != family => continue,
+                    FoundRoute::Other { family: other, .. } if *other != family => continue,
+                    FoundRoute::LocalDefault(found)
+                        if found.is_ours() || UNTAGGED.contains(&found.protocol) =>
+                    {
+                        there = Some(found.protocol);
+                        continue;
                     }
-                    FoundRoute::Other {
-                        family: other,
-                        text,
-                        ..
-                    } if *other == family => self.plan.conflicts.push(TableTaken {
-                        mark: pathway.mark,
-                        table,
-                        family,
-                        route: text.clone(),
-                    }),
-                    _ => {}
-                }
+                    FoundRoute::LocalDefault(found) => found.to_string(),
+                    FoundRoute::Other { text, .. } => text.clone(),
+                };
+                self.plan.conflicts.push(TableTaken {
+                    mark: pathway.mark,
+                    table,
+                    why: format!("holds another program's {family} route ({foreign})"),
+                });
             }
             match there {
                 Some(PROTOCOL) => {}
@@ -442,8 +458,8 @@ impl Differ<'_> {
         let shapes = self.shapes(pathway);
         let (mut stale, mut notes) = (BTreeMap::new(), Vec::new());
         for rule in marked.chain(unmarked) {
-            let leftover = UNTAGGED.contains(&rule.protocol)
-                && shapes.iter().any(|shape| rule.means(shape));
+            let leftover =
+                UNTAGGED.contains(&rule.protocol) && shapes.iter().any(|shape| rule.means(shape));
             if !rule.is_ours() && !leftover {
                 notes.extend(self.foreign(pathway, rule));
             } else if !self.wanted.rules.contains_key(rule) {
@@ -510,8 +526,7 @@ impl Differ<'_> {
                     protocol: PROTOCOL,
                     ..*route
                 });
-                let leftover =
-                    UNTAGGED.contains(&route.protocol) && !used_by_others(route.family);
+                let leftover = UNTAGGED.contains(&route.protocol) && !used_by_others(route.family);
                 if !wanted && (leftover || route.is_ours() && owned.contains(&table)) {
                     stale.push((*route, leftover));
                 }

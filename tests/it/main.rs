@@ -4,5 +4,9 @@
 //! programs (`ip`, `iptables-save`, `conntrack`, the service's own log). A test that lacks root or a
 //! program fails and says what to install.
 
+mod chain;
+mod config;
 mod header;
+mod probe;
+mod relay;
 mod support;

@@ -13,9 +13,9 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 
 use crate::model::Family;
-use crate::pathway::piece::{Chain, LineStep, Program, Step};
+use crate::pathway::piece::{Chain, Program, Step};
 
-use super::{Absent, Ruleset, residue};
+use super::{Ruleset, residue};
 
 /// How many seconds iptables may wait for another run of it (`/run/xtables.lock`).
 const LOCK_SECONDS: u64 = 5;

@@ -1,5 +1,9 @@
 //! What bytes that are no header look like: only what can be told with certainty.
 
+const HTTP: &str = "an HTTP request";
+const SMTP: &str = "an SMTP greeting";
+const POSTGRESQL: &str = "a PostgreSQL start-up message";
+
 /// Names the protocol that `bytes` begin with, as a noun phrase ("an SSH banner"), for a log line.
 ///
 /// Some protocols are known by their first bytes, others only when the whole first message is there;
@@ -26,10 +30,6 @@ pub fn looks_like(bytes: &[u8]) -> Option<&'static str> {
         (b"\0\0\0\x08\x04\xd2\x16\x30", POSTGRESQL),
         (b"\0\0\0\x10\x04\xd2\x16\x2e", POSTGRESQL),
     ];
-    const HTTP: &str = "an HTTP request";
-    const SMTP: &str = "an SMTP greeting";
-    const POSTGRESQL: &str = "a PostgreSQL start-up message";
-
     let by_prefix = PREFIXES
         .iter()
         .find_map(|&(prefix, name)| bytes.starts_with(prefix).then_some(name));
@@ -113,4 +113,69 @@ fn is_dns_query(bytes: &[u8]) -> bool {
         }
     }
     query(bytes).unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINECRAFT: &[u8] = b"\x10\x00\xff\x05\x09localhost\x63\xdd\x02";
+    const DNS: &[u8] =
+        b"\x00\x1d\xab\xcd\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x07example\x03org\x00\x00\x1c\x00\x01";
+
+    #[test]
+    fn known_protocols() {
+        let spp = [&b"\x56\xec"[..], &[0; 36]].concat();
+        for (bytes, name) in [
+            (&b"SSH-2.0-OpenSSH_9.7\r\n"[..], "an SSH banner"),
+            (
+                b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+                "a TLS ClientHello",
+            ),
+            (b"GET / HTTP/1.1\r\n", HTTP),
+            (b"PUT /a HTTP/1.1\r\n", HTTP),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "an HTTP/2 preface"),
+            (b"EHLO mail.example.org\r\n", SMTP),
+            (b"\0\0\0\x08\x04\xd2\x16\x2f", POSTGRESQL),
+            (
+                b"\0\0\0\x20\0\x03\0\0user\0me\0database\0it\0\0",
+                POSTGRESQL,
+            ),
+            (
+                b"\x03\x00\x00\x13\x0e\xe0\0\0\0\0\0\x01\0\x08\0\x03\0\0\0",
+                "an RDP connection request",
+            ),
+            (MINECRAFT, "a Minecraft handshake"),
+            (DNS, "a DNS query"),
+            (&spp, "a Simple Proxy Protocol header"),
+        ] {
+            assert_eq!(looks_like(bytes), Some(name), "{}", bytes.escape_ascii());
+        }
+    }
+
+    #[test]
+    fn nothing_is_claimed_without_certainty() {
+        for bytes in [
+            &b""[..],
+            b"\0",
+            b"GET",
+            b"GETTING ON",
+            b"hello\r\n",
+            b"\x16\x03\x01",
+            b"\x16\x03\x01\0\x05\x02",
+            b"\x56\xec",
+            b"\0\0\0\x08\0\0\0\0",
+            b"\x03\x00\x00\x13\x0f\xe0",
+            b"\xff\xff\xff\xff\xff\xff\xff\xff",
+            b"PROXY TCP4 ",
+        ] {
+            assert_eq!(looks_like(bytes), None, "{}", bytes.escape_ascii());
+        }
+        // these two are known by fitting together as a whole
+        for whole in [MINECRAFT, DNS] {
+            for cut in 0..whole.len() {
+                assert_eq!(looks_like(&whole[..cut]), None);
+            }
+        }
+    }
 }

@@ -218,9 +218,7 @@ impl Cursor<'_> {
                 _ if digits == 0 => break,
                 _ => return Ok(value),
             };
-            if digits == 4 {
-                break;
-            }
+            // a fifth digit is read, and ends the loop
             value = value << 4 | u16::from(digit);
             self.at += 1;
         }

@@ -1,0 +1,1000 @@
+//! What each mistake looks like. Long, because the drawings are exact.
+
+use std::fs;
+use std::path::Path;
+
+use snapbox::{assert_data_eq, str};
+
+use super::*;
+
+/// A directory with these three files.
+fn directory(pathways: &str, instances: &str, allow: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join(PATHWAYS), pathways).unwrap();
+    fs::write(dir.path().join(INSTANCES), instances).unwrap();
+    fs::write(dir.path().join(ALLOW), allow).unwrap();
+    dir
+}
+
+/// Everything that is said about these files, without the last line's count.
+fn said(pathways: &str, instances: &str, allow: &str) -> String {
+    let dir = directory(pathways, instances, allow);
+    let found = match load_with(dir.path(), None) {
+        Ok(configuration) => configuration.warnings,
+        Err(mistakes) => mistakes,
+    };
+    shown(&found, dir.path())
+}
+
+fn shown(found: &Diagnostics, dir: &Path) -> String {
+    let text = found
+        .to_string()
+        .replace(dir.to_str().unwrap(), "/etc/mmproxy");
+    match text.rfind("\n\nerror: ") {
+        Some(end) if text.ends_with("nothing was changed") => text[..end].to_owned(),
+        _ => text,
+    }
+}
+
+const PROXY: &str = "192.0.2.1\n";
+/// An instance that is right, so that its absence is not what a test sees.
+const RIGHT: &str = "a\t1\t192.0.2.9:2222\t127.0.0.1\t22\t::1\n";
+
+fn said_of_pathways(text: &str) -> String {
+    said(text, &RIGHT.replace("\t1\t", "\t123\t"), PROXY)
+}
+
+fn said_of_instances(text: &str) -> String {
+    said("1\n2\n", text, PROXY)
+}
+
+fn said_of_allow(text: &str) -> String {
+    said("1\n", RIGHT, text)
+}
+
+#[test]
+fn pathway_options() {
+    assert_data_eq!(
+        said_of_pathways("123 tabel=5"),
+        str![[r#"
+error: unknown option 'tabel'
+ --> /etc/mmproxy/pathways.conf:1:5
+  |
+1 | 123 tabel=5
+  |     ^^^^^ expected one of table=, priority=, mask=, targets=, name=, connmark=
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123 priority=50 priority=60"),
+        str![[r#"
+error: option priority= is given twice
+ --> /etc/mmproxy/pathways.conf:1:17
+  |
+1 | 123 priority=50 priority=60
+  |     ----------- ^^^^^^^^^^^ expected priority= once
+  |     |
+  |     first here
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123 vps01 # the word name= is missing"),
+        str![[r#"
+error: 'vps01' is not an option
+ --> /etc/mmproxy/pathways.conf:1:5
+  |
+1 | 123 vps01 # the word name= is missing
+  |     ^^^^^ expected key=value, the key one of table=, priority=, mask=, targets=, name=, connmark=
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123 table=main priority=40000 mask=0 connmark=yes name=a/b"),
+        str![[r#"
+error: 'main' is not a table number
+ --> /etc/mmproxy/pathways.conf:1:11
+  |
+1 | 123 table=main priority=40000 mask=0 connmark=yes name=a/b
+  |           ^^^^ expected a table number other than 0, 253 (default), 254 (main) and 255 (local)
+
+error: '40000' is not a rule priority
+ --> /etc/mmproxy/pathways.conf:1:25
+  |
+1 | 123 table=main priority=40000 mask=0 connmark=yes name=a/b
+  |                         ^^^^^ expected a priority from 1 to 32665, before the main table's rule
+
+error: '0' is not a mask
+ --> /etc/mmproxy/pathways.conf:1:36
+  |
+1 | 123 table=main priority=40000 mask=0 connmark=yes name=a/b
+  |                                    ^ expected a mask other than 0 such as 0xff
+
+error: 'yes' is not a connmark mode
+ --> /etc/mmproxy/pathways.conf:1:47
+  |
+1 | 123 table=main priority=40000 mask=0 connmark=yes name=a/b
+  |                                               ^^^ expected always, auto or off
+
+error: 'a/b' is not a name
+ --> /etc/mmproxy/pathways.conf:1:56
+  |
+1 | 123 table=main priority=40000 mask=0 connmark=yes name=a/b
+  |                                                        ^^^ expected letters, digits, '.', '_' and '-', at most 64 of them
+"#]]
+    );
+}
+
+#[test]
+fn pathway_marks_and_tables() {
+    assert_data_eq!(
+        said_of_pathways("123\n0\n0123\n12a\n"),
+        str![[r#"
+error: mark 0 means unmarked to the kernel
+ --> /etc/mmproxy/pathways.conf:2:1
+  |
+2 | 0
+  | ^ expected a mark from 1 to 4294967295, decimal or 0x hexadecimal
+
+error: '0123' is not a mark
+ --> /etc/mmproxy/pathways.conf:3:1
+  |
+3 | 0123
+  | ^^^^ expected a mark from 1 to 4294967295, decimal or 0x hexadecimal
+
+error: '12a' is not a mark
+ --> /etc/mmproxy/pathways.conf:4:1
+  |
+4 | 12a
+  | ^^^ expected a mark from 1 to 4294967295, decimal or 0x hexadecimal
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123\n254\n"),
+        str![[r#"
+error: mark 254 cannot be its own table: table 254 belongs to the system
+ --> /etc/mmproxy/pathways.conf:2:1
+  |
+2 | 254
+  | ^^^ expected table= with another number behind it, such as '254 table=1254'
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123\n124\n123\n"),
+        str![[r#"
+error: mark 123 is defined twice
+ --> /etc/mmproxy/pathways.conf:3:1
+  |
+3 | 123
+  | ^^^ expected each mark once
+  |
+ ::: /etc/mmproxy/pathways.conf:1:1
+  |
+1 | 123
+  | --- first defined here
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123\n124 table=123\n"),
+        str![[r#"
+error: marks 123 and 124 both use table 123
+ --> /etc/mmproxy/pathways.conf:2:5
+  |
+2 | 124 table=123
+  |     ^^^^^^^^^ expected a table of its own, with table= (the default is the mark)
+  |
+ ::: /etc/mmproxy/pathways.conf:1:1
+  |
+1 | 123
+  | --- table 123 of mark 123
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123 table=124\n124\n"),
+        str![[r#"
+error: marks 123 and 124 both use table 124
+ --> /etc/mmproxy/pathways.conf:2:1
+  |
+2 | 124
+  | ^^^ expected a table of its own, with table= (the default is the mark)
+  |
+ ::: /etc/mmproxy/pathways.conf:1:5
+  |
+1 | 123 table=124
+  |     --------- table 124 of mark 123
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123 name=a\n124 name=a\n"),
+        str![[r#"
+error: two pathways are named a
+ --> /etc/mmproxy/pathways.conf:2:5
+  |
+2 | 124 name=a
+  |     ^^^^^^ expected a name of its own
+  |
+ ::: /etc/mmproxy/pathways.conf:1:5
+  |
+1 | 123 name=a
+  |     ------ the other one
+"#]]
+    );
+}
+
+#[test]
+fn pathway_masks() {
+    assert_data_eq!(
+        said_of_pathways("123 mask=0x0f"),
+        str![[r#"
+error: mark 123 (0x7b) has bits outside its mask 0xf
+ --> /etc/mmproxy/pathways.conf:1:5
+  |
+1 | 123 mask=0x0f
+  | --- ^^^^^^^^^ expected a mask with all bits of the mark, such as 0xff
+  | |
+  | the mark
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123\n379 mask=0xfff\n"),
+        str![[r#"
+error: mark 123 under its mask 0xff matches the packets of mark 379 too
+ --> /etc/mmproxy/pathways.conf:1:1
+  |
+1 | 123
+  | ^^^ expected masks that tell the two apart, such as mask=0x1ff
+  |
+ ::: /etc/mmproxy/pathways.conf:2:1
+  |
+2 | 379 mask=0xfff
+  | --- 379 & 0xff = 123
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("379 mask=0xfff\n123\n"),
+        str![[r#"
+error: mark 123 under its mask 0xff matches the packets of mark 379 too
+ --> /etc/mmproxy/pathways.conf:2:1
+  |
+2 | 123
+  | ^^^ expected masks that tell the two apart, such as mask=0x1ff
+  |
+ ::: /etc/mmproxy/pathways.conf:1:1
+  |
+1 | 379 mask=0xfff
+  | --- 379 & 0xff = 123
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123\n0x10000\n"),
+        str![[r#"
+warning: mask 0xffffffff of mark 65536 has bits that Tailscale (0xff0000) and kube-proxy (0xc000) may set: such packets miss the pathway
+ --> /etc/mmproxy/pathways.conf:2:1
+  |
+2 | 0x10000
+  | ^^^^^^^ expected a smaller mark where that runs on this host
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123\n52\n"),
+        str![[r#"
+warning: table 52 is the one that Tailscale fills
+ --> /etc/mmproxy/pathways.conf:2:1
+  |
+2 | 52
+  | ^^ expected table= with another number where Tailscale runs on this host
+"#]]
+    );
+}
+
+#[test]
+fn pathway_targets() {
+    assert_data_eq!(
+        said_of_pathways(
+            "123 targets=10.0.0.0/33,,0.0.0.0/0,::/0,224.0.0.1,126.0.0.0/7,::ffff:10.0.0.1,0.0.0.0"
+        ),
+        str![[r#"
+error: targets= has an empty entry
+ --> /etc/mmproxy/pathways.conf:1:5
+  |
+1 | 123 targets=10.0.0.0/33,,0.0.0.0/0,::/0,224.0.0.1,126.0.0.0/7,::ffff:10.0.0.1,0.0.0.0
+  |     ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^ expected the services' own addresses or networks such as 10.0.0.5 or fd00:1::/64
+
+error: '10.0.0.0/33' is not a prefix
+ --> /etc/mmproxy/pathways.conf:1:13
+  |
+1 | 123 targets=10.0.0.0/33,,0.0.0.0/0,::/0,224.0.0.1,126.0.0.0/7,::ffff:10.0.0.1,0.0.0.0
+  |             ^^^^^^^^^^^ expected the services' own addresses or networks such as 10.0.0.5 or fd00:1::/64
+
+error: 0.0.0.0/0 as target would lead every packet with the mark back to this host
+ --> /etc/mmproxy/pathways.conf:1:26
+  |
+1 | 123 targets=10.0.0.0/33,,0.0.0.0/0,::/0,224.0.0.1,126.0.0.0/7,::ffff:10.0.0.1,0.0.0.0
+  |                          ^^^^^^^^^ expected the services' own addresses or networks such as 10.0.0.5 or fd00:1::/64
+
+error: ::/0 as target would lead every packet with the mark back to this host
+ --> /etc/mmproxy/pathways.conf:1:36
+  |
+1 | 123 targets=10.0.0.0/33,,0.0.0.0/0,::/0,224.0.0.1,126.0.0.0/7,::ffff:10.0.0.1,0.0.0.0
+  |                                    ^^^^ expected the services' own addresses or networks such as 10.0.0.5 or fd00:1::/64
+
+error: 224.0.0.1 is multicast
+ --> /etc/mmproxy/pathways.conf:1:41
+  |
+1 | 123 targets=10.0.0.0/33,,0.0.0.0/0,::/0,224.0.0.1,126.0.0.0/7,::ffff:10.0.0.1,0.0.0.0
+  |                                         ^^^^^^^^^ expected the services' own addresses or networks such as 10.0.0.5 or fd00:1::/64
+
+error: 126.0.0.0/7 covers loopback
+ --> /etc/mmproxy/pathways.conf:1:51
+  |
+1 | 123 targets=10.0.0.0/33,,0.0.0.0/0,::/0,224.0.0.1,126.0.0.0/7,::ffff:10.0.0.1,0.0.0.0
+  |                                                   ^^^^^^^^^^^ expected the services' own addresses or networks such as 10.0.0.5 or fd00:1::/64
+
+error: ::ffff:10.0.0.1 is IPv4 in IPv6 form
+ --> /etc/mmproxy/pathways.conf:1:63
+  |
+1 | 123 targets=10.0.0.0/33,,0.0.0.0/0,::/0,224.0.0.1,126.0.0.0/7,::ffff:10.0.0.1,0.0.0.0
+  |                                                               ^^^^^^^^^^^^^^^ expected the services' own addresses or networks such as 10.0.0.5 or fd00:1::/64
+
+error: 0.0.0.0 is no address of a service
+ --> /etc/mmproxy/pathways.conf:1:79
+  |
+1 | 123 targets=10.0.0.0/33,,0.0.0.0/0,::/0,224.0.0.1,126.0.0.0/7,::ffff:10.0.0.1,0.0.0.0
+  |                                                                               ^^^^^^^ expected the services' own addresses or networks such as 10.0.0.5 or fd00:1::/64
+"#]]
+    );
+    assert_data_eq!(
+        said_of_pathways("123 targets=127.0.0.1,::1,10.0.0.5/24,fd00::/64"),
+        str![[r#"
+warning: 127.0.0.1/32 is loopback, which every pathway serves anyway
+ --> /etc/mmproxy/pathways.conf:1:13
+  |
+1 | 123 targets=127.0.0.1,::1,10.0.0.5/24,fd00::/64
+  |             ^^^^^^^^^ expected addresses that are not loopback
+
+warning: ::1/128 is loopback, which every pathway serves anyway
+ --> /etc/mmproxy/pathways.conf:1:23
+  |
+1 | 123 targets=127.0.0.1,::1,10.0.0.5/24,fd00::/64
+  |                       ^^^ expected addresses that are not loopback
+
+warning: 10.0.0.5/24 has bits set behind its length
+ --> /etc/mmproxy/pathways.conf:1:27
+  |
+1 | 123 targets=127.0.0.1,::1,10.0.0.5/24,fd00::/64
+  |                           ^^^^^^^^^^^ expected 10.0.0.0/24
+"#]]
+    );
+}
+
+#[test]
+fn columns_of_instances() {
+    assert_data_eq!(
+        said_of_instances("a  1  192.0.2.9:2222  127.0.0.1  22  ::1\n"),
+        str![[r#"
+error: spaces instead of a tab between columns
+ --> /etc/mmproxy/instances.tsv:1:2
+  |
+1 | a  1  192.0.2.9:2222  127.0.0.1  22  ::1
+  |  ^^ expected one tab
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1 192.0.2.9:2222\t127.0.0.1\t22\t::1\tport=any\n"),
+        str![[r#"
+error: spaces instead of a tab between columns
+ --> /etc/mmproxy/instances.tsv:1:4
+  |
+1 | a    1 192.0.2.9:2222    127.0.0.1    22    ::1    port=any
+  |       ^ expected one tab
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:2222\n"),
+        str![[r#"
+error: 3 columns where 6 are needed
+ --> /etc/mmproxy/instances.tsv:1:1
+  |
+1 | a    1    192.0.2.9:2222
+  | ^^^^^^^^^^^^^^^^^^^^^^^^ expected name, fwmark, listen_addr, target_ipv4, target_port, target_ipv6 and at most options, one tab between them
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:2222\t127.0.0.1\t22\t::1\tport=any\tmore\n"),
+        str![[r#"
+error: 8 columns where at most 7 belong
+ --> /etc/mmproxy/instances.tsv:1:46
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    port=any    more
+  |                                                                   ^^^^ expected name, fwmark, listen_addr, target_ipv4, target_port, target_ipv6 and at most options
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t\t1\t192.0.2.9:2222\t\t127.0.0.1\t22\t::1\n"),
+        str![[r#"
+error: several tabs between columns
+ --> /etc/mmproxy/instances.tsv:1:2
+  |
+1 | a        1    192.0.2.9:2222        127.0.0.1    22    ::1
+  |  ^^^^^^^^ expected one tab
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:2222\t\t22\t::1\n"),
+        str![[r#"
+error: column 4 (target_ipv4) is empty
+ --> /etc/mmproxy/instances.tsv:1:19
+  |
+1 | a    1    192.0.2.9:2222        22    ::1
+  |                         ^^^^ expected an IPv4 address such as 127.0.0.1, or - where IPv4 is not served
+"#]]
+    );
+}
+
+#[test]
+fn values_of_instances() {
+    assert_data_eq!(
+        said_of_instances("-a\tone\t192.0.2.9\tlocalhost\tssh\t[::1]:22\n"),
+        str![[r#"
+error: '-a' is not an instance name
+ --> /etc/mmproxy/instances.tsv:1:1
+  |
+1 | -a    one    192.0.2.9    localhost    ssh    [::1]:22
+  | ^^ expected letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 64 of them
+
+error: 'one' is not a mark
+ --> /etc/mmproxy/instances.tsv:1:4
+  |
+1 | -a    one    192.0.2.9    localhost    ssh    [::1]:22
+  |       ^^^ expected a mark from 1 to 4294967295, decimal or 0x hexadecimal
+
+error: '192.0.2.9' is not a listen address
+ --> /etc/mmproxy/instances.tsv:1:8
+  |
+1 | -a    one    192.0.2.9    localhost    ssh    [::1]:22
+  |              ^^^^^^^^^ expected an address and a port such as 100.64.0.1:2222 or [fd00::1]:2222
+
+error: 'localhost' is not an IPv4 address, and names are not looked up
+ --> /etc/mmproxy/instances.tsv:1:18
+  |
+1 | -a    one    192.0.2.9    localhost    ssh    [::1]:22
+  |                           ^^^^^^^^^ expected an IPv4 address such as 127.0.0.1, or - where IPv4 is not served
+
+error: 'ssh' is not a port
+ --> /etc/mmproxy/instances.tsv:1:28
+  |
+1 | -a    one    192.0.2.9    localhost    ssh    [::1]:22
+  |                                        ^^^ expected a port from 1 to 65535
+
+error: '[::1]:22' has a port, which belongs in column 5 (target_port)
+ --> /etc/mmproxy/instances.tsv:1:32
+  |
+1 | -a    one    192.0.2.9    localhost    ssh    [::1]:22
+  |                                               ^^^^^^^^ expected an IPv6 address such as ::1, or - where IPv6 is not served
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:2222\t::1\t22\t127.0.0.1\n"),
+        str![[r#"
+error: ::1 is an IPv6 address in the IPv4 column
+ --> /etc/mmproxy/instances.tsv:1:20
+  |
+1 | a    1    192.0.2.9:2222    ::1    22    127.0.0.1
+  |                             ^^^ expected an IPv4 address such as 127.0.0.1, or - where IPv4 is not served
+
+error: 127.0.0.1 is an IPv4 address in the IPv6 column
+ --> /etc/mmproxy/instances.tsv:1:27
+  |
+1 | a    1    192.0.2.9:2222    ::1    22    127.0.0.1
+  |                                          ^^^^^^^^^ expected an IPv6 address such as ::1, or - where IPv6 is not served
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:2222\t0.0.0.0\t0\t::\n"),
+        str![[r#"
+error: 0.0.0.0 is no target: it means every address of this host; name the one the service waits at, often 127.0.0.1
+ --> /etc/mmproxy/instances.tsv:1:20
+  |
+1 | a    1    192.0.2.9:2222    0.0.0.0    0    ::
+  |                             ^^^^^^^ expected an IPv4 address such as 127.0.0.1, or - where IPv4 is not served
+
+error: '0' is not a port
+ --> /etc/mmproxy/instances.tsv:1:28
+  |
+1 | a    1    192.0.2.9:2222    0.0.0.0    0    ::
+  |                                        ^ expected a port from 1 to 65535
+
+error: :: is no target: it means every address of this host; name the one the service waits at, often ::1
+ --> /etc/mmproxy/instances.tsv:1:30
+  |
+1 | a    1    192.0.2.9:2222    0.0.0.0    0    ::
+  |                                             ^^ expected an IPv6 address such as ::1, or - where IPv6 is not served
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:2222\t224.0.0.1\t22\t::ffff:127.0.0.1\n"),
+        str![[r#"
+error: 224.0.0.1 is no target: it is multicast
+ --> /etc/mmproxy/instances.tsv:1:20
+  |
+1 | a    1    192.0.2.9:2222    224.0.0.1    22    ::ffff:127.0.0.1
+  |                             ^^^^^^^^^ expected an IPv4 address such as 127.0.0.1, or - where IPv4 is not served
+
+error: ::ffff:127.0.0.1 is no target: it is an IPv4 address in IPv6 form, which IPv6 clients cannot be passed on to
+ --> /etc/mmproxy/instances.tsv:1:33
+  |
+1 | a    1    192.0.2.9:2222    224.0.0.1    22    ::ffff:127.0.0.1
+  |                                                ^^^^^^^^^^^^^^^^ expected an IPv6 address such as ::1, or - where IPv6 is not served
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:2222\t-\t22\t-\n"),
+        str![[r#"
+error: neither family has a target
+ --> /etc/mmproxy/instances.tsv:1:25
+  |
+1 | a    1    192.0.2.9:2222    -    22    -
+  |                             - nor here ^ expected an address in column 4 (target_ipv4) or column 6 (target_ipv6)
+"#]]
+    );
+}
+
+#[test]
+fn options_of_instances() {
+    let with = |options: &str| said_of_instances(&RIGHT.replace('\n', &format!("\t{options}\n")));
+    assert_data_eq!(
+        with("timeout=5s,port=any,port=keep,,x"),
+        str![[r#"
+error: unknown option 'timeout'
+ --> /etc/mmproxy/instances.tsv:1:37
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
+  |                                                       ^^^^^^^ expected one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=
+
+error: nothing between two commas, or behind the last
+ --> /etc/mmproxy/instances.tsv:1:37
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
+  |                                                       ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^ expected key=value words with one comma between them
+
+error: option port= is given twice
+ --> /etc/mmproxy/instances.tsv:1:57
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
+  |                                                                  -------- ^^^^^^^^^ expected port= once
+  |                                                                  |
+  |                                                                  first here
+
+error: 'x' is not an option
+ --> /etc/mmproxy/instances.tsv:1:68
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
+  |                                                                                      ^ expected key=value, the key one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=
+"#]]
+    );
+    assert_data_eq!(
+        with("protocol=tcp,udp-header=spp"),
+        str![[r#"
+error: udp-header= means nothing for protocol=tcp
+ --> /etc/mmproxy/instances.tsv:1:50
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    protocol=tcp,udp-header=spp
+  |                                                       ------------ ^^^^^^^^^^^^^^ expected udp-header= with protocol=udp only
+  |                                                       |
+  |                                                       the protocol
+"#]]
+    );
+    assert_data_eq!(
+        with("udp-header=spp"),
+        str![[r#"
+error: udp-header= means nothing for protocol=tcp
+ --> /etc/mmproxy/instances.tsv:1:37
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    udp-header=spp
+  |                                                       ^^^^^^^^^^^^^^ expected udp-header= with protocol=udp only
+"#]]
+    );
+    assert_data_eq!(
+        with("connect-timeout=2s,protocol=udp"),
+        str![[r#"
+error: connect-timeout= means nothing for protocol=udp
+ --> /etc/mmproxy/instances.tsv:1:37
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    connect-timeout=2s,protocol=udp
+  |                                                       ^^^^^^^^^^^^^^^^^^ ------------ the protocol
+  |                                                       |
+  |                                                       expected connect-timeout= with protocol=tcp only
+"#]]
+    );
+    assert_data_eq!(
+        with("protocol=sctp,udp-header=spp"),
+        str![[r#"
+error: 'sctp' is not a protocol
+ --> /etc/mmproxy/instances.tsv:1:46
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    protocol=sctp,udp-header=spp
+  |                                                                ^^^^ expected tcp or udp
+"#]]
+    );
+    assert_data_eq!(
+        with(
+            "idle-timeout=5,header-timeout=1s,connect-timeout=0s,listeners=0,max-connections=many,allow="
+        ),
+        str![[r#"
+error: '5' has no unit
+ --> /etc/mmproxy/instances.tsv:1:50
+  |
+1 | ...    22    ::1    idle-timeout=5,header-timeout=1s,connect-timeout=0s,listeners=0,max-connections=many,allow=
+  |                                  ^ expected a whole number with a unit such as 500ms, 5s, 2m, 1h or 1d
+
+warning: one lost packet of the proxy takes longer than this header-timeout
+ --> /etc/mmproxy/instances.tsv:1:52
+  |
+1 | ... 22    ::1    idle-timeout=5,header-timeout=1s,connect-timeout=0s,listeners=0,max-connections=many,allow=
+  |                                 ^^^^^^^^^^^^^^^^^ expected at least 3s, as the PROXY protocol recommends
+
+error: '0s' leaves no time at all
+ --> /etc/mmproxy/instances.tsv:1:86
+  |
+1 | ...er-timeout=1s,connect-timeout=0s,listeners=0,max-connections=many,allow=
+  |                                  ^^ expected a whole number with a unit such as 500ms, 5s, 2m, 1h or 1d
+
+error: '0' is not a number of listeners
+ --> /etc/mmproxy/instances.tsv:1:99
+  |
+1 | ...,header-timeout=1s,connect-timeout=0s,listeners=0,max-connections=many,allow=
+  |                                                    ^ expected a number from 1 to 1024
+
+error: 'many' is not a number of connections
+ --> /etc/mmproxy/instances.tsv:1:117
+  |
+1 | ...ect-timeout=0s,listeners=0,max-connections=many,allow=
+  |                                               ^^^^ expected a number from 1 to 4294967295
+
+error: allow= names no file
+ --> /etc/mmproxy/instances.tsv:1:122
+  |
+1 | ...=0s,listeners=0,max-connections=many,allow=
+  |                                         ^^^^^^ expected a file, absolute or beside instances.tsv
+"#]]
+    );
+    assert_data_eq!(
+        with("port=any listeners=2"),
+        str![[r#"
+error: a space in an option
+ --> /etc/mmproxy/instances.tsv:1:37
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    port=any listeners=2
+  |                                                       ^^^^^^^^^^^^^^^^^^^^ expected key=value words with one comma between them
+"#]]
+    );
+    assert_data_eq!(
+        with("allow=none.txt"),
+        str![[r#"
+error: cannot read /etc/mmproxy/none.txt: No such file or directory
+ --> /etc/mmproxy/instances.tsv:1:37
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    allow=none.txt
+  |                                                       ^^^^^^^^^^^^^^ expected a file with the trusted proxies of this instance; no list never means everyone
+"#]]
+    );
+}
+
+#[test]
+fn instances_against_each_other() {
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t192.0.2.9:2222\t127.0.0.1\t22\t::1\n\n\
+             a\t3\t192.0.2.9:2222\t127.0.0.1\t23\t::1\n"
+        ),
+        str![[r#"
+error: two instances are named a
+ --> /etc/mmproxy/instances.tsv:3:1
+  |
+3 | a    3    192.0.2.9:2222    127.0.0.1    23    ::1
+  | ^ expected a name of its own
+  |
+ ::: /etc/mmproxy/instances.tsv:1:1
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1
+  | - the first one
+
+error: no pathway has mark 3
+ --> /etc/mmproxy/instances.tsv:3:3
+  |
+3 | a    3    192.0.2.9:2222    127.0.0.1    23    ::1
+  |      ^ expected one of the marks that pathways.conf has: 1, 2
+
+error: two instances listen on 192.0.2.9:2222 (tcp)
+ --> /etc/mmproxy/instances.tsv:3:5
+  |
+3 | a    3    192.0.2.9:2222    127.0.0.1    23    ::1
+  |           ^^^^^^^^^^^^^^ expected an address or a port of its own
+  |
+ ::: /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1
+  |           -------------- the first one
+"#]]
+    );
+    // the other protocol's port is another port
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t192.0.2.9:53\t127.0.0.1\t5353\t::1\n\
+             b\t1\t192.0.2.9:53\t127.0.0.1\t5353\t::1\tprotocol=udp\n"
+        ),
+        str![""]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t192.0.2.9:2222\t127.0.0.1\t22\t-\n\
+             b\t1\t:2222\t127.0.0.1\t23\t-\n"
+        ),
+        str![[r#"
+warning: another instance listens on port 2222 of every address: what goes to 192.0.2.9 comes here
+ --> /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    -
+  |           ^^^^^^^^^^^^^^ expected different ports, unless this is meant
+  |
+ ::: /etc/mmproxy/instances.tsv:2:5
+  |
+2 | b    1    :2222    127.0.0.1    23    -
+  |           ----- every address
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t0.0.0.0:22\t127.0.0.1\t22\t::1\n\
+             b\t1\t[::1]:23\t-\t23\t::1\n\
+             c\t1\t127.0.0.1:24\t127.0.0.1\t22\t-\n"
+        ),
+        str![[r#"
+error: target 127.0.0.1:22 is where this instance itself listens
+ --> /etc/mmproxy/instances.tsv:1:16
+  |
+1 | a    1    0.0.0.0:22    127.0.0.1    22    ::1
+  |           ----------    ^^^^^^^^^ expected the service's address and port
+  |           |
+  |           its listen address
+
+error: target [::1]:23 is where this instance itself listens
+ --> /etc/mmproxy/instances.tsv:2:19
+  |
+2 | b    1    [::1]:23    -    23    ::1
+  |           --------               ^^^ expected the service's address and port
+  |           |
+  |           its listen address
+
+warning: target 127.0.0.1:22 is where another instance listens, which waits for a PROXY header
+ --> /etc/mmproxy/instances.tsv:3:18
+  |
+3 | c    1    127.0.0.1:24    127.0.0.1    22    -
+  |                           ^^^^^^^^^ expected the service's address and port
+  |
+ ::: /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    0.0.0.0:22    127.0.0.1    22    ::1
+  |           ---------- the other instance
+"#]]
+    );
+}
+
+#[test]
+fn allow_list_lines() {
+    assert_data_eq!(
+        said_of_allow("10.0.0.1 # fine\n100.x.x.x\n10.0.0.1, 10.0.0.2\nproxy.example\n"),
+        str![[r#"
+error: '100.x.x.x' is not a prefix
+ --> /etc/mmproxy/allow.txt:2:1
+  |
+2 | 100.x.x.x
+  | ^^^^^^^^^ expected an address or a prefix such as 100.64.0.1, 10.0.0.0/8 or fd00::/8; everyone is 0.0.0.0/0 and ::/0, written out
+
+error: more than one word on a line
+ --> /etc/mmproxy/allow.txt:3:1
+  |
+3 | 10.0.0.1, 10.0.0.2
+  | ^^^^^^^^^^^^^^^^^^ expected one address or prefix a line, a comment behind '#'
+
+error: 'proxy.example' is not a prefix
+ --> /etc/mmproxy/allow.txt:4:1
+  |
+4 | proxy.example
+  | ^^^^^^^^^^^^^ expected an address or a prefix such as 100.64.0.1, 10.0.0.0/8 or fd00::/8; everyone is 0.0.0.0/0 and ::/0, written out
+"#]]
+    );
+    assert_data_eq!(
+        said_of_allow("# nobody yet\n\n"),
+        str![[r#"
+error: the allow list is empty, so no proxy could connect
+--> /etc/mmproxy/allow.txt
+ = help: expected at least one trusted proxy's address; everyone is 0.0.0.0/0 and ::/0, written out
+"#]]
+    );
+    assert_data_eq!(
+        said_of_allow(""),
+        str![[r#"
+error: the allow list is empty, so no proxy could connect
+--> /etc/mmproxy/allow.txt
+ = help: expected at least one trusted proxy's address; everyone is 0.0.0.0/0 and ::/0, written out
+"#]]
+    );
+    assert_data_eq!(
+        said_of_allow("0.0.0.0/0\n10.0.0.1/8\n"),
+        str![[r#"
+warning: 0.0.0.0/0 lets everyone who can connect claim to be any client
+ --> /etc/mmproxy/allow.txt:1:1
+  |
+1 | 0.0.0.0/0
+  | ^^^^^^^^^ expected the proxies' own addresses, unless a firewall keeps everyone else away
+
+warning: 10.0.0.1/8 has bits set behind its length
+ --> /etc/mmproxy/allow.txt:2:1
+  |
+2 | 10.0.0.1/8
+  | ^^^^^^^^^^ expected 10.0.0.0/8
+"#]]
+    );
+}
+
+#[test]
+fn characters_that_nobody_sees() {
+    // not as drawings: they would stand in this file, as invisible as anywhere
+    let said = said_of_pathways("123\u{a0}name=a\n");
+    assert!(
+        said.starts_with("error: invisible character U+00A0 (no-break space)\n --> /etc/mmproxy/pathways.conf:1:4\n"),
+        "{said}"
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\0\tb\n"),
+        str![[r#"
+error: invisible character U+0000 (NUL)
+ --> /etc/mmproxy/instances.tsv:1:4
+  |
+1 | a    1␀    b
+  |       ^ expected printable text in UTF-8
+"#]]
+    );
+    let said = said_of_allow("\u{feff}10.0.0.1\n10.0.0.2\u{200b}\n");
+    assert!(said.starts_with("error: invisible character U+200B (zero-width space)\n --> /etc/mmproxy/allow.txt:2:9\n"), "{said}");
+}
+
+#[test]
+fn files_that_cannot_be_read() {
+    let dir = directory("1\n", RIGHT, PROXY);
+    fs::remove_file(dir.path().join(ALLOW)).unwrap();
+    fs::remove_file(dir.path().join(PATHWAYS)).unwrap();
+    fs::create_dir(dir.path().join(PATHWAYS)).unwrap();
+    let mistakes = load_with(dir.path(), None).unwrap_err();
+    assert_data_eq!(
+        shown(&mistakes, dir.path()),
+        str![[r#"
+error: cannot read /etc/mmproxy/pathways.conf: Is a directory
+--> /etc/mmproxy/pathways.conf
+ = help: expected a text file in UTF-8, in the directory that --config-dir names, else $MMPROXY_CONFIG_DIR, else /etc/mmproxy
+
+error: cannot read /etc/mmproxy/allow.txt: No such file or directory
+--> /etc/mmproxy/allow.txt
+ = help: expected the trusted proxies in $ALLOW_LIST_PATH, else in allow.txt in the configuration directory; no list never means everyone
+"#]]
+    );
+
+    let dir = directory("1\n", RIGHT, PROXY);
+    fs::write(dir.path().join(INSTANCES), b"\xff\xfea\0\t\0").unwrap();
+    fs::write(dir.path().join(PATHWAYS), vec![b'#'; 5 << 20]).unwrap();
+    let mistakes = load_with(dir.path(), None).unwrap_err();
+    assert_data_eq!(
+        shown(&mistakes, dir.path()),
+        str![[r#"
+error: cannot read /etc/mmproxy/pathways.conf: larger than 4 MiB
+--> /etc/mmproxy/pathways.conf
+ = help: expected a text file in UTF-8, in the directory that --config-dir names, else $MMPROXY_CONFIG_DIR, else /etc/mmproxy
+
+error: cannot read /etc/mmproxy/instances.tsv: UTF-16 text, UTF-8 is needed
+--> /etc/mmproxy/instances.tsv
+ = help: expected a text file in UTF-8, in the directory that --config-dir names, else $MMPROXY_CONFIG_DIR, else /etc/mmproxy
+"#]]
+    );
+
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("no");
+    let mistakes = load_with(&missing, None).unwrap_err();
+    assert_data_eq!(
+        shown(&mistakes, dir.path()),
+        str![[r#"
+error: cannot read /etc/mmproxy/no: No such file or directory
+--> /etc/mmproxy/no
+ = help: expected a directory, named by --config-dir, else by $MMPROXY_CONFIG_DIR, else /etc/mmproxy
+"#]]
+    );
+}
+
+#[test]
+fn latin1_in_comments_is_no_mistake() {
+    let dir = directory("", RIGHT, PROXY);
+    fs::write(dir.path().join(PATHWAYS), b"# M\xfcller\n1 # B\xf6rse\n").unwrap();
+    assert_eq!(load_with(dir.path(), None).unwrap().pathways.len(), 1);
+}
+
+#[test]
+fn very_many_mistakes_are_counted() {
+    let dir = directory("1\n", RIGHT, &"x\n".repeat(10_000));
+    let mistakes = load_with(dir.path(), None).unwrap_err();
+    assert_eq!(mistakes.errors(), 10_000);
+    assert_eq!(mistakes.iter().count(), 200);
+    let text = mistakes.to_string();
+    assert!(text.contains("… and 9800 more"), "{text}");
+    assert!(text.ends_with(
+        "10000 mistakes in the configuration: nothing was started, nothing was changed"
+    ));
+}
+
+#[test]
+fn targets_are_merged_into_their_pathways() {
+    let dir = directory(
+        "1 targets=10.0.0.0/24\n2\n",
+        "a\t1\t192.0.2.9:1\t10.1.0.5\t22\tfd00::5\n\
+         b\t1\t192.0.2.9:2\t127.0.0.2\t22\t::1\n\
+         c\t2\t192.0.2.9:3\t-\t22\t[fd00::6]\n",
+        PROXY,
+    );
+    let configuration = load_with(dir.path(), None).unwrap();
+    let targets = |mark| -> Vec<String> {
+        let pathway = configuration.pathway(Mark::new(mark).unwrap()).unwrap();
+        pathway.targets.iter().map(ToString::to_string).collect()
+    };
+    assert_eq!(targets(1), ["10.0.0.0/24", "10.1.0.5/32", "fd00::5/128"]);
+    assert_eq!(targets(2), ["fd00::6/128"]);
+}
+
+#[test]
+fn each_instance_has_its_allow_list() {
+    let dir = directory(
+        "1\n",
+        "a\t1\t192.0.2.9:1\t127.0.0.1\t22\t-\n\
+         b\t1\t192.0.2.9:2\t127.0.0.1\t22\t-\tallow=b.txt\n\
+         c\t1\t192.0.2.9:3\t127.0.0.1\t22\t-\tallow=./b.txt\n\
+         d\t1\t192.0.2.9:4\t127.0.0.1\t22\t-\tallow=allow.txt\n",
+        PROXY,
+    );
+    fs::write(dir.path().join("b.txt"), "198.51.100.7\n").unwrap();
+    let configuration = load_with(dir.path(), None).unwrap();
+    let allowed = |name: &str| {
+        let instance = configuration.instance(name).unwrap();
+        configuration.allow_list(instance).prefixes()[0].addr()
+    };
+    assert_eq!(allowed("a").to_string(), "192.0.2.1");
+    assert_eq!(allowed("b").to_string(), "198.51.100.7");
+    assert_eq!(allowed("c").to_string(), "198.51.100.7");
+    assert_eq!(allowed("d").to_string(), "192.0.2.1");
+}
+
+#[test]
+fn the_environment_names_the_allow_list() {
+    let dir = directory("1\n", RIGHT, "not read\n");
+    let elsewhere = dir.path().join("proxies");
+    fs::write(&elsewhere, PROXY).unwrap();
+    let configuration = load_with(dir.path(), Some(elsewhere.as_os_str())).unwrap();
+    assert_eq!(configuration.default_allow_path, elsewhere);
+    assert!(load_with(dir.path(), None).is_err());
+    assert!(load_with(dir.path(), Some(OsStr::new(""))).is_err());
+}
+
+#[test]
+fn routing_needs_neither_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = load_pathways(dir.path()).unwrap();
+    assert!(files.pathways.is_empty() && files.instances.is_empty());
+    assert!(files.pathway_or_defaults(Mark::new(254).unwrap()).is_none());
+
+    // instances without pathways.conf still say what their mark's targets are
+    fs::write(
+        dir.path().join(INSTANCES),
+        RIGHT.replace("127.0.0.1", "10.0.0.5"),
+    )
+    .unwrap();
+    let files = load_pathways(dir.path()).unwrap();
+    let pathway = files.pathway_or_defaults(Mark::new(1).unwrap()).unwrap();
+    assert_eq!(pathway.targets.len(), 1);
+
+    fs::write(dir.path().join(PATHWAYS), "2\n").unwrap();
+    assert_eq!(load_pathways(dir.path()).unwrap_err().errors(), 1);
+}

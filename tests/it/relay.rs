@@ -1,0 +1,8 @@
+//! The relay on the real kernel: real sockets between namespaces, a service that records who it sees.
+
+mod header;
+mod lab;
+mod limits;
+mod owes;
+mod run;
+mod transfer;

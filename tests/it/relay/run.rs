@@ -1,0 +1,1 @@
+//! `mmproxyctl run`: from the files to a drained end.
