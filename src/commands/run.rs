@@ -1,5 +1,7 @@
 //! `run`: one instance's relay in the foreground, from its line in instances.tsv to a drained end.
 
+mod relay;
+
 use std::io;
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
@@ -15,12 +17,12 @@ use tracing::{info, warn};
 use super::{UsageError, drawn};
 use crate::cli::{Global, RunArgs};
 use crate::config::{self, Configuration};
-use crate::model::{Instance, Protocol};
+use crate::model::Instance;
 use crate::pathway;
-use crate::relay::settings::Settings;
-use crate::relay::tcp::Server;
 use crate::runtime_dir::{Attempt, RuntimeDir};
-use crate::socket::{self, Listeners};
+use crate::socket;
+
+use self::relay::Relay;
 
 /// Runs the verb.
 pub(super) fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCode> {
@@ -72,12 +74,6 @@ fn named<'c>(configuration: &'c Configuration, name: &str) -> anyhow::Result<&'c
         ))
         .into());
     };
-    if instance.options.protocol == Protocol::Udp {
-        return Err(UsageError(format!(
-            "instance {name} has protocol=udp, which this version does not relay"
-        ))
-        .into());
-    }
     Ok(instance)
 }
 
@@ -99,19 +95,15 @@ async fn serve(
         Some(count) => NonZeroUsize::try_from(count).unwrap_or(workers),
         None => workers,
     };
-    let Listeners {
-        sockets,
-        address_missing,
-    } = socket::tcp_listeners(instance.listen, listeners)
+    let (mut relay, address_missing) = Relay::start(configuration, instance, workers, listeners)
         .with_context(|| format!("instance {}", instance.name))?;
     if address_missing {
         warn!(
             instance = %instance.name, listen = %instance.listen,
-            "the listen address is on no interface yet: listening all the same, connections arrive once it is there"
+            "the listen address is on no interface yet: listening all the same, {} arrive once it is there",
+            relay.units()
         );
     }
-    let settings = Settings::of(instance, configuration.allow_list(instance));
-    let mut server = Server::start(sockets, settings, workers)?;
     info!(
         instance = %instance.name, listen = %instance.listen, mark = %instance.mark,
         target4 = instance.target4.map(tracing::field::display),
@@ -120,18 +112,13 @@ async fn serve(
     );
     notify(&[NotifyState::Ready]);
     tokio::select! {
-        ended = server.ended() => {
+        ended = relay.ended() => {
             ended?;
             bail!("the relay ended by itself");
         }
-        name = signals.next() => stop(&mut server, &mut signals, name, args.drain_timeout).await?,
+        name = signals.next() => stop(&mut relay, &mut signals, name, args.drain_timeout).await?,
     }
-    let totals = server.totals();
-    info!(
-        instance = %instance.name, connections = totals.accepted, refused = totals.refused.all(),
-        connect_failed = totals.connect_failed.all(), bytes.r#in = totals.bytes_to_target,
-        bytes.out = totals.bytes_to_client, "ended"
-    );
+    relay.say_ended(&instance.name);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -159,32 +146,33 @@ async fn in_place(configuration: &Configuration, instance: &Instance) -> anyhow:
     )
 }
 
-/// No new connections; the open ones have until the drain timeout, or until the next signal.
+/// Nothing new; what is open has until the drain timeout, or until the next signal.
 async fn stop(
-    server: &mut Server,
+    relay: &mut Relay,
     signals: &mut Signals,
     signal: &str,
     drain_timeout: Duration,
 ) -> anyhow::Result<()> {
     notify(&[NotifyState::Stopping]);
-    server.drain();
+    relay.drain();
     info!(
         signal,
-        active = server.totals().active,
+        active = relay.active(),
         ?drain_timeout,
-        "stopping: no new connections"
+        "stopping: no new {}",
+        relay.units()
     );
     tokio::select! {
-        ended = server.ended() => return Ok(ended?),
+        ended = relay.ended() => return ended,
         () = tokio::time::sleep(drain_timeout) => {
-            warn!(active = server.totals().active, "the drain timeout is over: the rest is cut");
+            warn!(active = relay.active(), "the drain timeout is over: the rest is cut");
         }
         signal = signals.next() => {
-            warn!(signal, active = server.totals().active, "a second signal: the rest is cut");
+            warn!(signal, active = relay.active(), "a second signal: the rest is cut");
         }
     }
-    server.end();
-    Ok(server.ended().await?)
+    relay.end();
+    relay.ended().await
 }
 
 struct Signals {
