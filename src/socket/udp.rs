@@ -41,15 +41,21 @@ pub struct UdpListeners {
 /// When the address is in use, also by another program that set `SO_REUSEPORT`, or cannot be bound.
 pub fn udp_listeners(addr: ListenAddr, count: NonZeroUsize) -> Result<UdpListeners, ListenError> {
     let fail = |failure| ListenError { addr, failure };
-    // as for TCP: with SO_REUSEPORT a second program would silently get half of the datagrams
-    let (probe, address_missing) = bound_socket(addr.get(), Sharing::Exclusive).map_err(fail)?;
-    let bound = probe
+    // bound without SO_REUSEPORT, with which a second program would silently get half of the datagrams, and
+    // shared only then
+    let (first, address_missing) = bound_socket(addr.get(), Sharing::Exclusive).map_err(fail)?;
+    let bound = first
         .local_addr()
         .map_err(Failure::at("read the bound address"))
         .map_err(fail)?;
-    drop(probe);
-    let sockets = (0..count.get())
-        .map(|_| bound_socket(bound, Sharing::ReusePort).map(|(socket, _)| socket))
+    SockRef::from(&first)
+        .set_reuse_port(true)
+        .map_err(Failure::at("set SO_REUSEPORT"))
+        .map_err(fail)?;
+    let others =
+        (1..count.get()).map(|_| bound_socket(bound, Sharing::ReusePort).map(|(socket, _)| socket));
+    let sockets = std::iter::once(Ok(first))
+        .chain(others)
         .collect::<Result<Vec<_>, _>>()
         .map_err(fail)?;
     Ok(UdpListeners {

@@ -10,3 +10,4 @@ mod header;
 mod probe;
 mod relay;
 mod support;
+mod udp;

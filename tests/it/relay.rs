@@ -1,7 +1,7 @@
 //! The relay on the real kernel: real sockets between namespaces, a service that records who it sees.
 
 mod header;
-mod lab;
+pub(crate) mod lab;
 mod limits;
 mod owes;
 mod run;

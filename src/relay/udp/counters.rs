@@ -27,6 +27,8 @@ kinds! {
         Truncated = "truncated",
         /// All flows allowed are taken, and none could be ended for this one in time.
         TooManyFlows = "too-many-flows",
+        /// Its flow ended in the same moment: to make room, because the service is down or there is no socket.
+        FlowEnded = "flow-ended",
         /// No socket for its client; the reason is among the connect failures.
         NoSocket = "no-socket",
         /// ICMP said that nothing listens at the target.
@@ -53,6 +55,8 @@ kinds! {
         MaxFlowsPerProxy = "max-flows-per-proxy",
         /// It was the oldest when descriptors ran out.
         NoDescriptors = "no-descriptors",
+        /// There was no socket to be had for its client; the reason is among the connect failures or refusals.
+        NoSocket = "no-socket",
         /// A header on its proxy address and port named another client (`udp-header=first`).
         Replaced = "replaced",
         /// The proxy went on with its client from another port; the socket went there too.

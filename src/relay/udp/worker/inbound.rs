@@ -229,8 +229,7 @@ impl Worker {
             return;
         };
         if held.socket.is_none() && !self.open_socket(id) {
-            let lost = self.unqueue(id);
-            self.counters.lose(Dropped::NoSocket, lost);
+            self.unqueue(id, Dropped::NoSocket);
             return;
         }
         let Some(held) = self.flows.get_mut(id) else {
@@ -268,18 +267,16 @@ impl Worker {
         }
     }
 
-    /// Forgets what is queued at a flow: how much it was.
-    pub(super) fn unqueue(&mut self, id: Id) -> u64 {
+    /// Drops what is queued at a flow.
+    pub(super) fn unqueue(&mut self, id: Id, why: Dropped) {
         let Some(held) = self.flows.get_mut(id) else {
-            return 0;
+            return;
         };
         let mut at = std::mem::replace(&mut held.first, NONE);
-        let mut lost = 0;
         while let Some(queued) = self.queue.get(at as usize) {
-            lost += 1;
+            self.counters.lose(why, 1);
             at = queued.next;
         }
-        lost
     }
 }
 

@@ -122,7 +122,8 @@ impl Worker {
         true
     }
 
-    /// Opens a flow's socket; false when there is none to be had.
+    /// Opens a flow's socket; false when there is none to be had. The flow ends then, unless its client is
+    /// known from its first datagram only and the reason may pass.
     pub(super) fn open_socket(&mut self, id: Id) -> bool {
         let Some(held) = self.flows.get(id) else {
             return false;
@@ -180,10 +181,14 @@ impl Worker {
                     Some(&route.client),
                     &message,
                 );
+                if self.common.settings.header != UdpHeader::First {
+                    self.finish(id, Ended::NoSocket);
+                }
                 false
             }
             Err(Err(kind)) => {
                 self.refuse_client(kind, &route.path, route.client);
+                self.finish(id, Ended::NoSocket);
                 false
             }
         }
@@ -262,8 +267,7 @@ impl Worker {
 
     /// Takes a flow out of this worker's table, whoever has it now.
     pub(super) fn forget(&mut self, id: Id) {
-        let lost = self.unqueue(id);
-        self.counters.lose(Dropped::TooManyFlows, lost);
+        self.unqueue(id, Dropped::FlowEnded);
         if let Some(held) = self.flows.remove(id) {
             self.counters.flows.sub_one();
             if let Some(socket) = held.socket {
