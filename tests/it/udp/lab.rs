@@ -109,12 +109,13 @@ impl Service {
         addr: &str,
         work: impl Fn(&UdpSocket, &Seen) + Send + 'static,
     ) -> Self {
-        let socket = host.enter(|| UdpSocket::bind(addr).expect("bind"));
-        Self::on(socket, work)
-    }
-
-    /// A service on a bound socket.
-    pub(crate) fn on(socket: UdpSocket, work: impl Fn(&UdpSocket, &Seen) + Send + 'static) -> Self {
+        let mut bound = None;
+        // an address that another service had a moment ago: see `wait_sockets_to`
+        wait_for(&format!("{addr} to be free"), || {
+            bound = host.enter(|| UdpSocket::bind(addr).ok());
+            bound.is_some()
+        });
+        let socket = bound.expect("bound");
         let addr = socket.local_addr().expect("address");
         socket
             .set_read_timeout(Some(Duration::from_millis(20)))
@@ -262,4 +263,15 @@ pub(crate) fn sockets_to(host: &Host, target: SocketAddr) -> String {
         IpAddr::V6(ip) => format!("[{ip}]"),
     };
     host.run(&format!("ss -Hune dst {ip} and dport = :{}", target.port()))
+}
+
+/// Waits until so many sockets of a host are connected to this address.
+///
+/// Not at once: while another test of this process starts a program, the fork has a copy of every socket
+/// until it has become that program, and a socket that is closed here stays for as long.
+pub(crate) fn wait_sockets_to(host: &Host, target: SocketAddr, count: usize) {
+    let now = || sockets_to(host, target);
+    wait_for(&format!("{count} sockets:\n{}", now()), || {
+        now().lines().count() == count
+    });
 }

@@ -7,7 +7,7 @@ use mmproxyctl::model::{Mark, PortPolicy, UdpHeader::Every, UdpHeader::First};
 use mmproxyctl::relay::counters::Refusal;
 use mmproxyctl::relay::udp::counters::Ended;
 
-use super::lab::{Proxy, Relay, Service, addr, announce, settings, sockets_to};
+use super::lab::{Proxy, Relay, Service, addr, announce, settings, sockets_to, wait_sockets_to};
 use crate::relay::lab::{Lab, MARK, install_pathway};
 use crate::support::net::Host;
 
@@ -144,8 +144,7 @@ fn a_client_that_comes_back_through_another_port_keeps_its_own() {
         for proxy in &before {
             proxy.assert_nothing_more();
         }
-        let sockets = sockets_to(&lab.wks, service.addr);
-        assert_eq!(sockets.lines().count(), 8, "{sockets}");
+        wait_sockets_to(&lab.wks, service.addr, 8);
     }
 }
 
