@@ -40,6 +40,10 @@ families=(4)
 [ -e /proc/sys/net/ipv6 ] && families=(4 6) || echo "This kernel runs without IPv6: IPv4 only."
 
 on() { ip netns exec "$@"; }
+# start HOST LOG COMMAND…: in the background; $! is the command's own pid
+start() {
+    ip netns exec "$1" "${@:3}" >"$2" 2>&1 &
+}
 # link HOST INTERFACE PEER PEER_INTERFACE HOST4 PEER4 [HOST6 PEER6]: a cable between two hosts
 link() {
     ip -n "$1" link add "$2" type veth peer name "$4" netns "$3"
@@ -89,7 +93,7 @@ UsePAM no
 StrictModes no
 PermitRootLogin prohibit-password
 CONFIG
-on wks01 "$(command -v sshd)" -D -e -f sshd_config 2>sshd.log &
+start wks01 sshd.log "$(command -v sshd)" -D -e -f sshd_config
 until_listening wks01 22 sshd.log
 
 # login LABEL ADDRESS EXPECTED: a command over ssh; sshd's line about it must name the expected client
@@ -115,7 +119,7 @@ echo "The client is 203.0.113.7 and 2001:db8:7::7. What sshd on wks01 logs ..."
 echo
 echo "... behind HAProxy alone (the proxy instead of the client):"
 sed 's/:2222 send-proxy-v2/:22/' "$root/examples/vps01-haproxy/haproxy.cfg" >before.cfg
-on vps01 haproxy -db -f before.cfg >before.log 2>&1 &
+start vps01 before.log haproxy -db -f before.cfg
 before=$!
 until_listening vps01 22001 before.log
 for family in "${families[@]}"; do
@@ -128,11 +132,11 @@ wait $before || true
 for file in pathways.conf instances.tsv allow.txt; do cp "$root/config/$file.example" etc/$file; done
 export MMPROXY_CONFIG_DIR=$PWD/etc
 on wks01 mmproxyctl pathway add-all >pathway.log 2>&1 || { cat pathway.log; exit 1; }
-for name in vps01-ssh router01-ssh; do on wks01 mmproxyctl run $name 2>$name.log & done
+for name in vps01-ssh router01-ssh; do start wks01 $name.log mmproxyctl run $name; done
 until_listening wks01 2222 vps01-ssh.log
 until_listening wks01 2223 router01-ssh.log
-on vps01 haproxy -db -f "$root/examples/vps01-haproxy/haproxy.cfg" >vps01.log 2>&1 &
-on router01 haproxy -db -f "$root/examples/router01-openwrt/haproxy.cfg" >router01.log 2>&1 &
+start vps01 vps01.log haproxy -db -f "$root/examples/vps01-haproxy/haproxy.cfg"
+start router01 router01.log haproxy -db -f "$root/examples/router01-openwrt/haproxy.cfg"
 until_listening vps01 22001 vps01.log
 until_listening router01 22001 router01.log
 

@@ -11,6 +11,7 @@
 //! | [`socket`] | every socket option there is | connections |
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
+//! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
 //! | [`logging`] | which log lines are written, and in which form | who writes them |
 //! | [`runtime_dir`] | lock files, named by instance and network namespace | what they protect |
 //!
@@ -28,6 +29,7 @@
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod demo;
 pub mod logging;
 pub mod model;
 pub mod pathway;

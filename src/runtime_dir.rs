@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -104,6 +104,8 @@ impl RuntimeDir {
             .write(true)
             .create(true)
             .truncate(false)
+            // root shares the directory with the relays' user, who must not be able to lead it elsewhere
+            .custom_flags(libc::O_NOFOLLOW)
             .open(&path)
             .map_err(io_error("open", &path))?;
         match file.try_lock() {
@@ -161,6 +163,17 @@ fn io_error<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDir::resolve(Some(dir.path().to_owned()));
+        let victim = dir.path().join("victim");
+        fs::write(&victim, "precious").unwrap();
+        std::os::unix::fs::symlink(&victim, runtime.file("pathways", "lock").unwrap()).unwrap();
+        assert!(runtime.try_lock("pathways").is_err());
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+    }
 
     #[test]
     fn a_second_lock_names_the_holder() {

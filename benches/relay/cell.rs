@@ -69,8 +69,10 @@ pub(crate) struct Extent {
     pub(crate) connections: usize,
     /// Connections of the idle row.
     pub(crate) idle: usize,
-    /// Threads of the load and of the service.
+    /// Threads of the load.
     pub(crate) threads: usize,
+    /// Threads of the echo service.
+    pub(crate) service_threads: usize,
     /// Threads of the relay.
     pub(crate) relay_threads: usize,
 }
@@ -143,7 +145,7 @@ impl Stand {
     pub(crate) fn new(program: Program, connmark: bool, extent: Extent) -> Result<Self> {
         let namespace = Namespace::new(connmark)?;
         let scratch = tempfile::tempdir().context("cannot make a scratch directory")?;
-        let echo = Echo::start(&namespace, SERVICE, extent.threads)?;
+        let echo = Echo::start(&namespace, SERVICE, extent.service_threads)?;
         let route = Route {
             listen: RELAY,
             service: SERVICE,

@@ -44,7 +44,7 @@ impl Echo {
             .command(program)
             .arg("--echo")
             .arg(address.to_string())
-            .arg("--threads")
+            .arg("--service-threads")
             .arg(threads.to_string())
             .stdout(Stdio::null())
             .spawn()

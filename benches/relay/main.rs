@@ -74,9 +74,12 @@ struct Options {
     /// Connections of the idle row [default: a seventh of the descriptor limit, at most 10000; quick: 500]
     #[arg(long)]
     idle: Option<usize>,
-    /// Threads of the load and of the echo service [default: one per core]
+    /// Threads of the load [default: one per core]
     #[arg(long)]
     threads: Option<usize>,
+    /// Threads of the echo service [default: one per core]
+    #[arg(long)]
+    service_threads: Option<usize>,
     /// Threads, worker processes or listeners of the relays [default: one per core]
     #[arg(long)]
     relay_threads: Option<usize>,
@@ -118,7 +121,7 @@ fn main() -> Result<()> {
     raise_descriptor_limit()?;
     let extent = options.extent()?;
     if let Some(address) = options.echo {
-        return echo::serve(address, extent.threads);
+        return echo::serve(address, extent.service_threads);
     }
     if !nix::unistd::geteuid().is_root() {
         bail!("the benchmark builds network namespaces: run it as root");
@@ -245,12 +248,14 @@ impl Options {
                 None => (descriptors()? / 7).min(10_000),
             },
             threads: self.threads.unwrap_or(cores),
+            service_threads: self.service_threads.unwrap_or(cores),
             relay_threads: self.relay_threads.unwrap_or(cores),
         };
         let least = [
             extent.connections,
             extent.idle,
             extent.threads,
+            extent.service_threads,
             extent.relay_threads,
         ];
         if least.contains(&0) || window.is_zero() || self.rounds == Some(0) {

@@ -19,6 +19,10 @@ use crate::namespace::{MARK, Namespace};
 /// Who may send a header: the load comes from loopback.
 const TRUSTED: &str = "127.0.0.0/8\n";
 
+/// mmproxy-rs opens one socket whatever `--listeners` says and passes the number to listen(2): with the
+/// default of 1 it drops most of fifty clients. Its threads are one per core and cannot be chosen.
+const MMPROXY_BACKLOG: &str = "4096";
+
 /// What can be measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Program {
@@ -105,7 +109,7 @@ impl Program {
     pub(crate) fn settings(self, threads: usize) -> String {
         match self {
             Self::Direct => "the load connects to the service, no header".to_owned(),
-            Self::Mmproxyctl => "run NAME --no-check, default options".to_owned(),
+            Self::Mmproxyctl => format!("run --no-check --workers {threads}"),
             Self::Haproxy => {
                 format!("nbthread {threads}, accept-proxy, source 0.0.0.0 usesrc client")
             }
@@ -115,7 +119,8 @@ impl Program {
             Self::Nginx => format!(
                 "worker_processes {threads}, reuseport, proxy_bind $remote_addr transparent, realip"
             ),
-            Self::GoMmproxy | Self::Mmproxy => format!("-listeners {threads}, -mark {MARK}"),
+            Self::GoMmproxy => format!("-listeners {threads}, -mark {MARK}"),
+            Self::Mmproxy => format!("--listeners {MMPROXY_BACKLOG} (its backlog), --mark {MARK}"),
         }
     }
 
@@ -149,7 +154,8 @@ impl Program {
                     .arg("--runtime-dir")
                     .arg(dir.join("run"))
                     // the namespace has the pathway's routes, but not from `pathway add`
-                    .args(["run", "--no-check", "bench"]);
+                    .args(["run", "--no-check", "--workers", &route.threads.to_string()])
+                    .arg("bench");
             }
             Self::Haproxy | Self::HaproxySplice => {
                 let splice = self == Self::HaproxySplice;
@@ -166,22 +172,24 @@ impl Program {
                     .arg("-c")
                     .arg(config);
             }
-            Self::GoMmproxy | Self::Mmproxy => {
+            Self::GoMmproxy => {
                 let trusted = write("allow.txt", TRUSTED.to_owned())?;
-                let (long, mark) = match self {
-                    Self::GoMmproxy => ("-", "-mark"),
-                    _ => ("--", "--mark"),
-                };
                 command
-                    .args([
-                        "-l",
-                        &route.listen.to_string(),
-                        "-4",
-                        &route.service.to_string(),
-                    ])
-                    .args([mark, &MARK.to_string()])
-                    .args([format!("{long}listeners"), route.threads.to_string()])
-                    .arg(format!("{long}allowed-subnets"))
+                    .args(["-l", &route.listen.to_string()])
+                    .args(["-4", &route.service.to_string()])
+                    .args(["-mark", &MARK.to_string()])
+                    .args(["-listeners", &route.threads.to_string()])
+                    .arg("-allowed-subnets")
+                    .arg(trusted);
+            }
+            Self::Mmproxy => {
+                let trusted = write("allow.txt", TRUSTED.to_owned())?;
+                command
+                    .args(["--listen-addr", &route.listen.to_string()])
+                    .args(["--ipv4", &route.service.to_string()])
+                    .args(["--mark", &MARK.to_string()])
+                    .args(["--listeners", MMPROXY_BACKLOG])
+                    .arg("--allowed-subnets")
                     .arg(trusted);
             }
         }
@@ -205,7 +213,7 @@ fn peers() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers")
 }
 
-/// Threads are left to the relay: one per core is its default.
+/// No options: the defaults are what is measured.
 fn instance(route: Route) -> String {
     format!(
         "bench\t{MARK}\t{}\t{}\t{}\t-\n",

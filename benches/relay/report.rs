@@ -202,6 +202,11 @@ fn cells(setting: &Setting, results: &Results, connmark: Connmark) -> Vec<Vec<St
             .collect(),
     ];
     for (row, figure) in setting.lines() {
+        let empty =
+            |&(program, _): &(Program, String)| results.samples(connmark, row, program).is_empty();
+        if setting.programs.iter().all(empty) {
+            continue;
+        }
         let mut line = vec![figure.title().to_owned()];
         for &(program, _) in &setting.programs {
             line.push(match results.verdict(connmark, row, program, figure) {
@@ -297,6 +302,7 @@ fn to_json(setting: &Setting, results: &Results) -> Value {
         connections,
         idle,
         threads,
+        service_threads,
         relay_threads,
     } = setting.extent;
     let mut tables = serde_json::Map::new();
@@ -351,6 +357,7 @@ fn to_json(setting: &Setting, results: &Results) -> Value {
             "connections": connections,
             "idle_connections": idle,
             "load_threads": threads,
+            "service_threads": service_threads,
             "relay_threads": relay_threads,
         },
         "foreign_cpu": results.foreign().map(|(median, worst)| json!({ "median": median, "worst": worst })),

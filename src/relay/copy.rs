@@ -79,19 +79,24 @@ pub(super) struct Pair {
 }
 
 impl Pair {
-    /// A pair whose target still has to get `unsent`, the client's first bytes.
+    /// A pair whose target has to get, or has got, the client's first bytes.
     pub(super) fn new(
         client: TcpStream,
         target: TcpStream,
-        unsent: Option<Unsent>,
+        first: First,
         idle_timeout: Option<Duration>,
     ) -> Self {
-        let up = unsent.map_or(State::Copy, |unsent| State::Unsent(Box::new(unsent)));
         Self {
             client,
             target,
-            up: Flow::new(up),
-            down: Flow::new(State::Copy),
+            up: Flow {
+                bytes: first.sent,
+                state: first.unsent.map_or(State::Copy, State::Unsent),
+            },
+            down: Flow {
+                bytes: 0,
+                state: State::Copy,
+            },
             idle: idle_timeout.map(|limit| Box::new(Idle::new(limit))),
         }
     }
@@ -141,20 +146,37 @@ impl Pair {
     }
 }
 
-/// The client's first bytes that the target has not taken yet.
+/// The client's first bytes, which came behind the header.
+#[derive(Debug, Default)]
+pub(super) struct First {
+    sent: u64,
+    unsent: Option<Box<Unsent>>,
+}
+
+impl First {
+    /// So many bytes were sent, and these were not: a copy is kept of them.
+    pub(super) fn new(sent: usize, unsent: &[u8]) -> Self {
+        Self {
+            sent: sent as u64,
+            unsent: (!unsent.is_empty()).then(|| Unsent::boxed(unsent)),
+        }
+    }
+}
+
+/// Bytes that the writing side has not taken yet.
 #[derive(Debug)]
-pub(super) struct Unsent {
+struct Unsent {
     data: Box<[u8]>,
     sent: usize,
 }
 
 impl Unsent {
-    /// Keeps a copy of bytes that are in the shared buffer.
-    pub(super) fn new(data: &[u8]) -> Self {
-        Self {
+    /// A copy of bytes that are in the shared buffer.
+    fn boxed(data: &[u8]) -> Box<Self> {
+        Box::new(Self {
             data: data.into(),
             sent: 0,
-        }
+        })
     }
 }
 
@@ -193,10 +215,6 @@ impl Fault {
 }
 
 impl Flow {
-    fn new(state: State) -> Self {
-        Self { bytes: 0, state }
-    }
-
     /// Ready when the end of `from` was passed on to `to`.
     fn poll(
         &mut self,
@@ -258,7 +276,7 @@ impl Flow {
                 Poll::Ready(Ok(more)) => sent += more,
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(Fault::Writing(error))),
                 Poll::Pending => {
-                    self.state = State::Unsent(Box::new(Unsent::new(&data[sent..])));
+                    self.state = State::Unsent(Unsent::boxed(&data[sent..]));
                     self.count(sent, counter);
                     return Poll::Pending;
                 }

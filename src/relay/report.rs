@@ -3,11 +3,11 @@
 //!
 //! Owns: the rate of warnings and the words for what went wrong. Must not know: sockets in flight.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -40,10 +40,11 @@ pub(super) enum Subject {
     Unanswered,
 }
 
-/// Decides which warnings are said; the rest is said at debug level.
+/// Decides which warnings are said; the rest is said at debug level. One for all workers: nothing
+/// that is relayed ever comes here, so the lock costs nothing.
 #[derive(Debug, Default)]
 pub(super) struct Limiter {
-    windows: RefCell<HashMap<(Subject, Option<IpAddr>), Window>>,
+    windows: Mutex<HashMap<(Subject, Option<IpAddr>), Window>>,
 }
 
 #[derive(Debug)]
@@ -56,7 +57,7 @@ struct Window {
 impl Limiter {
     /// `Some(n)`: say it, and that `n` like it were not said since the last. `None`: hold it back.
     pub(super) fn admit(&self, subject: Subject, about: IpAddr, now: Instant) -> Option<u64> {
-        let mut windows = self.windows.borrow_mut();
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         let mut key = (subject, Some(about));
         if windows.len() >= MAX_SUBJECTS && !windows.contains_key(&key) {
             windows.retain(|_, window| now.duration_since(window.since) < WINDOW);
@@ -89,7 +90,8 @@ impl Limiter {
         let addr = listener.local_addr().ok();
         let about = addr.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |addr| addr.ip());
         let listen = addr.map(tracing::field::display);
-        if let Some(held_back) = self.admit(Subject::AcceptPaused, about, Instant::now()) {
+        if let Some(more) = self.admit(Subject::AcceptPaused, about, Instant::now()) {
+            let held_back = (more > 0).then_some(more);
             warn!(listen, held_back, "{message}");
         }
     }
@@ -130,17 +132,13 @@ pub(super) fn bad_header(error: HeaderError, bytes: &[u8]) -> String {
     if error != HeaderError::NotProxy {
         return format!("refused: {error}");
     }
-    match header::looks_like(bytes) {
-        Some(protocol) => format!(
-            "refused: no PROXY header but {protocol}: the proxy sends no PROXY header: add send-proxy \
-             (HAProxy) or proxy_protocol on (nginx) there"
-        ),
-        None => format!(
-            "refused: no PROXY header but {}: the proxy sends no PROXY header: add send-proxy (HAProxy) \
-             or proxy_protocol on (nginx) there",
-            Begins(bytes)
-        ),
-    }
+    let what = match header::looks_like(bytes) {
+        Some(protocol) => format!("this is {protocol}"),
+        None => format!("this begins with {}", Begins(bytes)),
+    };
+    format!(
+        "refused: {what}: the proxy sends no PROXY header: add send-proxy (HAProxy) or proxy_protocol on (nginx) there"
+    )
 }
 
 /// A datagram that begins no header: what it looks like.
@@ -352,7 +350,7 @@ mod tests {
             })
             .count();
         assert_eq!(said, MAX_SUBJECTS + BURST as usize);
-        assert!(limiter.windows.borrow().len() <= MAX_SUBJECTS + 1);
+        assert!(limiter.windows.lock().unwrap().len() <= MAX_SUBJECTS + 1);
     }
 
     #[test]

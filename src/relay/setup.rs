@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, trace};
 
 use super::client;
-use super::copy::{Pair, Unsent};
+use super::copy::{First, Pair};
 use super::counters::Refusal;
 use super::header::{self, Decoded, Endpoints, HeaderError};
 use super::report::{self, ConnectError, Subject};
@@ -52,7 +52,7 @@ pub(super) enum Begun {
 /// The target's side of a connection, begun.
 struct Opened {
     target: TcpStream,
-    unsent: Option<Unsent>,
+    first: First,
     connected: bool,
     ends: Ends,
     to: TargetAddr,
@@ -99,7 +99,7 @@ pub(super) fn begin(
             worker,
             client,
             opened.target,
-            opened.unsent,
+            opened.first,
             opened.ends,
         )),
         Verdict::Opened(opened) => {
@@ -285,17 +285,16 @@ fn open(worker: &Worker, ends: Ends, surplus: &[u8]) -> Option<Opened> {
         );
     }
     // a connection to a local service is complete when connect() returns, although it says EINPROGRESS
-    let (unsent, connected) = if surplus.is_empty() {
-        (None, target.peer_addr().is_ok())
+    let (first, connected) = if surplus.is_empty() {
+        (First::default(), target.peer_addr().is_ok())
     } else {
         match (&target).write(surplus) {
             Ok(sent) => {
                 worker.counters.bytes_to_target.add(sent as u64);
-                let rest = &surplus[sent..];
-                ((!rest.is_empty()).then(|| Unsent::new(rest)), true)
+                (First::new(sent, &surplus[sent..]), true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                (Some(Unsent::new(surplus)), false)
+                (First::new(0, surplus), false)
             }
             Err(error) => {
                 let error = ConnectError::kernel("connect", error);
@@ -314,7 +313,7 @@ fn open(worker: &Worker, ends: Ends, surplus: &[u8]) -> Option<Opened> {
     };
     Some(Opened {
         target,
-        unsent,
+        first,
         connected,
         ends,
         to,
@@ -325,7 +324,7 @@ fn open(worker: &Worker, ends: Ends, surplus: &[u8]) -> Option<Opened> {
 async fn finish_connect(worker: &Worker, client: TcpStream, opened: Opened) -> Option<Ready> {
     let Opened {
         target,
-        unsent,
+        first,
         ends,
         to,
         ..
@@ -336,7 +335,7 @@ async fn finish_connect(worker: &Worker, client: TcpStream, opened: Opened) -> O
         socket::reset_on_close(&client);
         return None;
     }
-    Some(paired(worker, client, target, unsent, ends))
+    Some(paired(worker, client, target, first, ends))
 }
 
 async fn connected_within(target: &TcpStream, limit: Duration) -> Result<(), ConnectError> {
@@ -358,14 +357,14 @@ fn paired(
     worker: &Worker,
     client: TcpStream,
     target: TcpStream,
-    unsent: Option<Unsent>,
+    first: First,
     ends: Ends,
 ) -> Ready {
     worker.counters.relayed.add(1);
     trace!(proxy.addr = %ends.proxy, client.addr = %ends.client, "connected to the service");
     let idle_timeout = worker.settings().idle_timeout;
     Ready {
-        pair: Pair::new(client, target, unsent, idle_timeout),
+        pair: Pair::new(client, target, first, idle_timeout),
         ends,
     }
 }
@@ -397,13 +396,14 @@ fn refuse(
         .as_ref()
         .map(|client| client as &dyn std::fmt::Display);
     worker
+        .common
         .limiter
         .warn(Subject::Refused(kind), proxy, client, &message);
 }
 
 fn connect_failed(worker: &Worker, ends: Ends, to: TargetAddr, error: &ConnectError) {
     worker.counters.connect_failed(error.kind);
-    worker.limiter.warn(
+    worker.common.limiter.warn(
         Subject::ConnectFailed(error.kind),
         ends.proxy,
         Some(&ends.client),

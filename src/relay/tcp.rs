@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use tracing::info_span;
 
 use super::counters::{Counters, Totals};
+use super::report::Limiter;
 use super::settings::Settings;
 use super::worker::{Common, Worker, accept_from};
 
@@ -72,6 +73,7 @@ impl Server {
         let common = Arc::new(Common {
             settings,
             counters: (0..workers).map(|_| Arc::default()).collect(),
+            limiter: Limiter::default(),
             open: AtomicU32::new(0),
         });
         let mut shares: Vec<Vec<TcpListener>> = (0..workers).map(|_| Vec::new()).collect();

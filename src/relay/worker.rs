@@ -43,6 +43,7 @@ pub(super) struct Common {
     pub(super) settings: Settings,
     /// Every worker's counters, for limits that hold for all of them together.
     pub(super) counters: Vec<Arc<Counters>>,
+    pub(super) limiter: Limiter,
     /// Open connections, kept only where `max-connections` is set.
     pub(super) open: AtomicU32,
 }
@@ -51,7 +52,6 @@ pub(super) struct Common {
 pub(super) struct Worker {
     pub(super) common: Arc<Common>,
     pub(super) counters: Arc<Counters>,
-    pub(super) limiter: Limiter,
     /// In use only inside one poll.
     pub(super) buffer: RefCell<Box<[u8]>>,
     pipes: Pool,
@@ -63,7 +63,6 @@ impl Worker {
         Rc::new(Self {
             common,
             counters,
-            limiter: Limiter::default(),
             buffer: RefCell::new(vec![0; BUFFER].into_boxed_slice()),
             pipes: Pool::default(),
             empty: Notify::new(),
@@ -128,7 +127,7 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
                 Trouble::Exhausted => {
                     worker.counters.accept_pauses.add(1);
                     if pause == FIRST_PAUSE {
-                        worker.limiter.warn_about_listener(
+                        worker.common.limiter.warn_about_listener(
                             &listener,
                             &format_args!("accepting pauses: {error}: raise LimitNOFILE or set max-connections"),
                         );
@@ -170,7 +169,7 @@ fn adopt(worker: &Rc<Worker>, client: TcpStream, peer: SocketAddr) {
     let proxy = ProxyAddr::new(peer);
     let Some(live) = Live::new(worker) else {
         worker.counters.refuse(Refusal::TooManyConnections);
-        worker.limiter.warn(
+        worker.common.limiter.warn(
             Subject::Refused(Refusal::TooManyConnections),
             proxy,
             None,

@@ -6,8 +6,12 @@
 
 mod chain;
 mod config;
+mod demo;
 mod header;
 mod probe;
 mod relay;
+#[cfg(feature = "soak")]
+mod soak;
 mod support;
+mod systemd;
 mod udp;

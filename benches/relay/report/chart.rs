@@ -32,7 +32,7 @@ pub(crate) fn to_svg(setting: &Setting, results: &Results) -> String {
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
          font-family=\"sans-serif\" font-size=\"12\">\n\
-         <style>text{{fill:#222}}.n{{fill:#555}}.b{{fill:#9aa7b5}}.d{{fill:#d4dae0}}.m{{fill:#c2410c}}\
+         <style>text{{fill:#222;stroke:#fff;stroke-width:3px;paint-order:stroke}}.n{{fill:#555}}.b{{fill:#9aa7b5}}.d{{fill:#d4dae0}}.m{{fill:#c2410c}}\
          .g{{stroke:#222;stroke-dasharray:3 3}}.f{{fill:#b91c1c}}</style>\n\
          <rect width=\"{width}\" height=\"{height}\" fill=\"#fff\"/>\n"
     );
@@ -84,6 +84,8 @@ fn panel(
         "<text y=\"12\" font-weight=\"bold\">{} <tspan class=\"n\" font-weight=\"normal\">({better})</tspan></text>",
         escape(&full_title(row, figure))
     );
+    // the goal is drawn over the bars and under the values
+    let mut values = String::new();
     for (index, &(program, _)) in setting.programs.iter().enumerate() {
         let top = HEAD + index as f64 * LINE;
         let base = top + 11.0;
@@ -119,8 +121,11 @@ fn panel(
                 };
                 let _ = writeln!(
                     out,
-                    "<rect class=\"{class}\" x=\"{NAME_WIDTH}\" y=\"{top}\" width=\"{length:.1}\" height=\"{BAR}\"/>\
-                     <text x=\"{:.1}\" y=\"{base}\">{shown}</text>",
+                    "<rect class=\"{class}\" x=\"{NAME_WIDTH}\" y=\"{top}\" width=\"{length:.1}\" height=\"{BAR}\"/>"
+                );
+                let _ = writeln!(
+                    values,
+                    "<text x=\"{:.1}\" y=\"{base}\">{shown}</text>",
                     NAME_WIDTH + length + 6.0
                 );
             }
@@ -135,6 +140,7 @@ fn panel(
             HEAD - 4.0
         );
     }
+    out.push_str(&values);
 }
 
 /// Lines that continue a row's first one say which.

@@ -178,8 +178,8 @@ fn variant(version: &[u8]) -> Variant {
 /// See [`Error`].
 pub async fn read(tools: &[Tool]) -> Result<Vec<Ruleset>, Error> {
     let mut rulesets = Vec::new();
-    for tool in tools {
-        rulesets.push(tool.read().await?);
+    for (number, tool) in tools.iter().enumerate() {
+        rulesets.push(tool.read(number == 0).await?);
     }
     let chosen = rulesets
         .iter()
@@ -196,7 +196,8 @@ impl Tool {
         &self.program
     }
 
-    async fn read(&self) -> Result<Ruleset, Error> {
+    /// Reads the mangle table, if there is one. `plain` is the variant that `iptables` means.
+    async fn read(&self, plain: bool) -> Result<Ruleset, Error> {
         let mut ruleset = Ruleset::empty(self.family, self.program.clone());
         match self.variant {
             Variant::Nft => {
@@ -218,6 +219,13 @@ impl Tool {
                     Ok(names) if names.lines().any(|name| name == "mangle") => {}
                     Ok(_) => return Ok(ruleset),
                     Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(ruleset),
+                    // CAP_NET_ADMIN alone (a relay under systemd) may ask for the table, but not for
+                    // its name: the file is root's. Only the variant in use is worth making a table.
+                    Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                        if !plain {
+                            return Ok(ruleset);
+                        }
+                    }
                     Err(source) => {
                         return Err(Error::Run {
                             program: names.to_owned(),

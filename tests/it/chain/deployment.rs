@@ -187,14 +187,19 @@ impl Deployment {
 
     /// Fetches from the web server through vps01, returns what it answered.
     pub(crate) fn fetch(&self, address: &str, source_port: u16) -> String {
-        let host = if address.contains(':') {
-            format!("[{address}]")
-        } else {
-            address.to_owned()
-        };
+        let host = host_of(address);
         self.client.run(&format!(
             "curl --silent --show-error --max-time 10 --local-port {source_port} http://{host}:443/"
         ))
+    }
+}
+
+/// An address as it stands before a port.
+fn host_of(address: &str) -> String {
+    if address.contains(':') {
+        format!("[{address}]")
+    } else {
+        address.to_owned()
     }
 }
 
@@ -277,9 +282,13 @@ impl Sshd {
             command.args(["-o", option]);
         }
         if let Some((source, source_port)) = from {
+            // reuseaddr: two connections from one address and port at a time, as a NAT makes them
+            let (to, source) = (host_of(address), host_of(source));
             command.args([
                 "-o",
-                &format!("ProxyCommand=nc -s {source} -p {source_port} {address} {port}"),
+                &format!(
+                    "ProxyCommand=socat - TCP:{to}:{port},bind={source}:{source_port},reuseaddr"
+                ),
             ]);
         }
         let mut child = command
@@ -300,7 +309,10 @@ impl Sshd {
         let mut words = line.split(' ');
         let address = words.next().unwrap_or_default().to_owned();
         let port = words.next().and_then(|port| port.parse().ok());
-        session.client = (address, port.unwrap_or_else(|| panic!("no login: '{line}'\n{}", self.log())));
+        session.client = (
+            address,
+            port.unwrap_or_else(|| panic!("no login: '{line}'\n{}", self.log())),
+        );
         session
     }
 }

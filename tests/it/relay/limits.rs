@@ -7,10 +7,23 @@ use std::time::Duration;
 use mmproxyctl::model::ListenAddr;
 use mmproxyctl::relay::counters::{ConnectFailure, Refusal};
 use mmproxyctl::relay::settings::Settings;
+use mmproxyctl::relay::tcp::{Error, Server};
 use mmproxyctl::socket;
+use socket2::SockRef;
 
-use super::lab::{Lab, Relay, Service, assert_closed, exchange, settings};
-use crate::support::net::Host;
+use super::lab::{Lab, Relay, SOON, Service, assert_closed, exchange, settings};
+use crate::support::net::{Host, wait_for};
+
+/// Waits for the end of a server.
+fn ended(server: &mut Server) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .expect("a runtime");
+    runtime
+        .block_on(async { tokio::time::timeout(SOON, server.ended()).await })
+        .expect("the workers ended")
+}
 
 #[test]
 fn max_connections_holds_and_frees() {
@@ -111,21 +124,14 @@ fn drain_then_end() {
     exchange(&mut stays, b"hello");
     relay.server.drain();
     let refused = || !lab.vps.can_connect(relay.addr.ip(), relay.addr.port());
-    crate::support::net::wait_for("the listeners closed", refused);
+    wait_for("the listeners closed", refused);
     exchange(&mut finishes, b"still served");
     drop(finishes);
     relay.wait("one closed", |totals| totals.active == 1);
     exchange(&mut stays, b"still served");
     relay.server.end();
     assert_closed(&mut stays, "cut");
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .build()
-        .unwrap();
-    runtime
-        .block_on(async { tokio::time::timeout(super::lab::SOON, relay.server.ended()).await })
-        .expect("the workers ended")
-        .expect("without an error");
+    ended(&mut relay.server).unwrap();
     assert_eq!(relay.totals().active, 0);
 }
 
@@ -136,14 +142,27 @@ fn an_idle_relay_drains_at_once() {
     let service = Service::echo(&lab.wks, "127.0.0.1:0");
     let mut relay = Relay::start(&lab.wks, settings(&[service.addr]));
     relay.server.drain();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .build()
+    ended(&mut relay.server).unwrap();
+}
+
+/// A listener that breaks ends the relay with an error: better started anew than deaf.
+#[test]
+fn a_dead_listener_is_an_error() {
+    let lab = Lab::new();
+    let settings = settings(&["127.0.0.1:1".parse().unwrap()]);
+    let (mut server, listener) = lab.wks.enter(|| {
+        let addr = ListenAddr::new("10.0.0.1:0".parse().unwrap());
+        let listeners = socket::tcp_listeners(addr, NonZeroUsize::MIN).unwrap();
+        let listener = listeners.sockets[0].try_clone().unwrap();
+        let server = Server::start(listeners.sockets, settings, NonZeroUsize::MIN).unwrap();
+        (server, listener)
+    });
+    // what the kernel does to a listener that is destroyed from outside (ss --kill)
+    SockRef::from(&listener)
+        .shutdown(std::net::Shutdown::Both)
         .unwrap();
-    runtime
-        .block_on(async { tokio::time::timeout(super::lab::SOON, relay.server.ended()).await })
-        .expect("the workers ended")
-        .expect("without an error");
+    let error = ended(&mut server).unwrap_err();
+    assert!(matches!(error, Error::Listener { .. }), "{error}");
 }
 
 /// As many listeners as asked for share the address; nobody else gets in between.

@@ -31,7 +31,7 @@ fn send(stream: &mut TcpStream, total: u64, sizes: &[usize]) -> u32 {
     let noise = noise();
     let (mut sent, mut checksum, mut round) = (0, 0, 0);
     while sent < total {
-        let size = sizes[round % sizes.len()].min(usize::try_from(total - sent).unwrap());
+        let size = sizes[round % sizes.len()].min(usize::try_from(total - sent).expect("fits"));
         let at = (round * 7919) % (BLOCK - size + 1);
         let piece = &noise[at..at + size];
         stream.write_all(piece).expect("send");
@@ -238,7 +238,7 @@ fn report_error(report: &Sender<ErrorKind>, stream: &mut TcpStream) {
             Ok(0) => break,
             Ok(_) => {}
             Err(error) => {
-                report.send(error.kind()).unwrap();
+                report.send(error.kind()).expect("the test listens");
                 break;
             }
         }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns, unshare};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 /// A network namespace that lives as long as the value; `lo` is up, IPv6 addresses are usable at once.
@@ -45,11 +45,6 @@ impl Host {
         host.sysctl("net.ipv6.conf.all.accept_dad", "0");
         host.sysctl("net.ipv6.conf.default.accept_dad", "0");
         host
-    }
-
-    /// The host's name in messages.
-    pub(crate) fn name(&self) -> &'static str {
-        self.name
     }
 
     /// A directory of this host's own, removed with it: configuration, logs, runtime files.
@@ -185,6 +180,8 @@ impl Host {
         ));
         let out = File::create(&log).expect("create log");
         let child = command
+            // a group of its own, so that a master's workers end with it
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(out.try_clone().expect("clone log"))
             .stderr(out)
@@ -284,7 +281,8 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let _ = self.child.kill();
+        // SIGKILL of nginx's master alone would leave its workers behind
+        let _ = killpg(self.pid(), Signal::SIGKILL);
         let _ = self.child.wait();
         if std::thread::panicking() {
             eprintln!(

@@ -1,0 +1,7 @@
+//! A deployment in miniature: hosts as network namespaces of this process, and the programs on them.
+//!
+//! Owns: private namespaces, cables between them, a proxy that sends PROXY headers, a service that tells
+//! its clients what it sees. Must not know: pathways, relays, what is shown of it.
+
+pub mod namespace;
+pub mod programs;
