@@ -64,8 +64,12 @@ pub enum Command {
     /// Install, remove, show and check the kernel's return roads
     #[command(subcommand)]
     Pathway(PathwayCommand),
-    /// Run an instance's relay in the foreground
+    /// Run relays in the foreground: one process, one relay per instance
     Run(RunArgs),
+    /// Have running processes read the files again; unchanged instances are not touched
+    Reload(ReloadArgs),
+    /// Have running processes start this program anew and hand over to it; no connection is lost
+    Upgrade(UpgradeArgs),
     /// Validate the three files and show what they say
     Check(CheckArgs),
     /// Be the proxy: send a PROXY header for a given client, then pass stdin and stdout
@@ -142,9 +146,18 @@ pub struct PathwayCheckArgs {
 /// `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// The instance, as named in instances.tsv
-    #[arg(value_name = "INSTANCE")]
-    pub instance: String,
+    /// The instances, as named in instances.tsv
+    #[arg(value_name = "INSTANCE", required_unless_present = "all")]
+    pub instances: Vec<String>,
+    /// Every instance of instances.tsv, also those that are added later
+    #[arg(long, conflicts_with = "instances")]
+    pub all: bool,
+    /// Reload by itself when a file of the configuration changes
+    #[arg(long)]
+    pub watch_config: bool,
+    /// Install the pathways that are needed, and remove them at the end
+    #[arg(long, conflicts_with = "no_check")]
+    pub manage_pathways: bool,
     /// Start although the pathway may not be in place
     #[arg(long)]
     pub no_check: bool,
@@ -154,6 +167,28 @@ pub struct RunArgs {
     /// How long open connections may go on after SIGTERM, such as 30s, 500ms or 2m; a second signal ends them at once
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = drain_timeout)]
     pub drain_timeout: Duration,
+}
+
+/// `reload`.
+#[derive(Debug, Args)]
+pub struct ReloadArgs {
+    /// Only these processes: "all" for run --all, else their first instance's name
+    #[arg(value_name = "PROCESS")]
+    pub processes: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `upgrade`.
+#[derive(Debug, Args)]
+pub struct UpgradeArgs {
+    /// Only these processes: "all" for run --all, else their first instance's name
+    #[arg(value_name = "PROCESS")]
+    pub processes: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 fn drain_timeout(text: &str) -> Result<Duration, ValueError> {

@@ -7,7 +7,9 @@ mod demo;
 mod output;
 mod pathway;
 mod probe;
+mod reload;
 mod run;
+mod upgrade;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
@@ -53,6 +55,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match command {
         Command::Pathway(command) => pathway::run(&global, command),
         Command::Run(args) => run::run(&global, args),
+        Command::Reload(args) => reload::run(&global, &args),
+        Command::Upgrade(args) => upgrade::run(&global, &args),
         Command::Check(args) => check::run(&global, &args),
         Command::Probe(args) => probe::run(&global, args),
         Command::Demo(args) => demo::run(&global, args),

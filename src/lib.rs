@@ -12,7 +12,10 @@
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
 //! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
+//! | [`control`] | the Unix socket of a running process: framing, limits, who may ask | what a request leads to |
 //! | [`logging`] | which log lines are written, and in which form | who writes them |
+//! | [`supervisor`] | named tasks: start, start again with back-off, drain | what a task is |
+//! | [`systemd`] | readiness, stored and passed sockets, watchdog | what they are for |
 //! | [`runtime_dir`] | lock files, named by instance and network namespace | what they protect |
 //!
 //! Dependencies run one way: `commands → {config, pathway, relay} → {socket, model}`; pathway and relay
@@ -29,6 +32,7 @@
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod control;
 pub mod demo;
 pub mod logging;
 pub mod model;
@@ -36,3 +40,5 @@ pub mod pathway;
 pub mod relay;
 pub mod runtime_dir;
 pub mod socket;
+pub mod supervisor;
+pub mod systemd;

@@ -1,7 +1,8 @@
 //! Header → spoofed connection → copy both ways.
 //!
-//! One relay is a few worker threads, each with a single-threaded runtime and its own `SO_REUSEPORT`
-//! listener; a connection lives and dies on one thread. The caller binds the sockets and says when to
+//! A few worker threads ([`workers::Workers`]), each with a single-threaded runtime, host every relay of
+//! the process; a relay has its own `SO_REUSEPORT` listener on each, and a connection lives and dies on one
+//! thread. The caller binds the sockets and says when to
 //! stop ([`tcp::Server`]); [`settings::Settings`] is all a relay is told, [`counters`] all it tells.
 //!
 //! One connection: `worker` (accept, limits) → `setup` (allowed proxy? [`header`], `client`, spoofed
@@ -20,3 +21,4 @@ pub mod spp;
 pub mod tcp;
 pub mod udp;
 mod worker;
+pub mod workers;

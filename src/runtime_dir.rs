@@ -5,6 +5,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -51,7 +52,35 @@ pub enum Attempt {
 /// An advisory lock with the holder's pid in it. The kernel drops it with the process; the file stays.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Lock {
+    /// The same lock for another process: it is free when both have let go of it.
+    ///
+    /// # Errors
+    /// When descriptors run out.
+    pub fn share(&self) -> io::Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
+    }
+
+    /// Takes over a lock that another process shared, in this process's name.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn take_over(descriptor: OwnedFd) -> io::Result<Self> {
+        let mut lock = Self {
+            file: File::from(descriptor),
+        };
+        lock.sign()?;
+        Ok(lock)
+    }
+
+    fn sign(&mut self) -> io::Result<()> {
+        self.file.set_len(0)?;
+        self.file.rewind()?;
+        writeln!(self.file, "{}", std::process::id())
+    }
 }
 
 impl RuntimeDir {
@@ -88,6 +117,34 @@ impl RuntimeDir {
         Ok(self.0.join(format!("{name}@{namespace}.{suffix}")))
     }
 
+    /// The files `NAME@NETNS.SUFFIX` of the caller's network namespace with their names, sorted; none
+    /// where the directory is not there.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn files(&self, suffix: &str) -> Result<Vec<(String, PathBuf)>, Error> {
+        let tail = self.file("", suffix)?;
+        let tail = tail.file_name().unwrap_or_default().to_string_lossy();
+        let entries = match fs::read_dir(&self.0) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io_error("read", &self.0)(error)),
+        };
+        let mut files = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(io_error("read", &self.0))?;
+            if let Some(name) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.strip_suffix(&*tail))
+            {
+                files.push((name.to_owned(), entry.path()));
+            }
+        }
+        files.sort_unstable();
+        Ok(files)
+    }
+
     /// Tries the lock of that name once.
     ///
     /// # Errors
@@ -110,12 +167,9 @@ impl RuntimeDir {
             .map_err(io_error("open", &path))?;
         match file.try_lock() {
             Ok(()) => {
-                let pid = std::process::id();
-                file.set_len(0)
-                    .and_then(|()| file.rewind())
-                    .and_then(|()| writeln!(file, "{pid}"))
-                    .map_err(io_error("write", &path))?;
-                Ok(Attempt::Held(Lock { _file: file }))
+                let mut lock = Lock { file };
+                lock.sign().map_err(io_error("write", &path))?;
+                Ok(Attempt::Held(lock))
             }
             Err(TryLockError::WouldBlock) => {
                 let mut text = String::new();

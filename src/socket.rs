@@ -167,6 +167,21 @@ fn set_keepalive(socket: &Socket) -> Result<(), Failure> {
         .map_err(Failure::at("set SO_KEEPALIVE"))
 }
 
+/// Gives a listening socket that somebody else bound what [`tcp_listeners`] gives its own.
+///
+/// # Errors
+/// When the kernel refuses an option.
+pub fn adopt_listener(listener: &TcpListener) -> Result<(), Failure> {
+    let socket = SockRef::from(listener);
+    socket
+        .set_nonblocking(true)
+        .map_err(Failure::at("set O_NONBLOCK"))?;
+    socket
+        .set_tcp_nodelay(true)
+        .map_err(Failure::at("set TCP_NODELAY"))?;
+    set_keepalive(&socket)
+}
+
 /// Takes one connection off a listener, non-blocking, with its peer's address, in one system call.
 ///
 /// # Errors

@@ -16,7 +16,7 @@ use crate::demo::namespace::{Isolation, Namespace, isolate};
 use crate::demo::programs::{Answer, Sends, ask, start_proxy, start_service};
 use crate::model::{ConnmarkMode, Pathway};
 use crate::pathway::{self, Error as PathwayError, Options};
-use crate::relay::{settings::Settings, tcp::Server};
+use crate::relay::{settings::Settings, tcp::Server, workers::Workers};
 use crate::runtime_dir::RuntimeDir;
 use crate::socket;
 
@@ -253,19 +253,21 @@ impl Lab {
             .with_context(|| format!("no answer from {address}"))
     }
 
-    fn start_relays(&self, configuration: &Configuration) -> anyhow::Result<Vec<Server>> {
+    /// The relays end with the worker threads.
+    fn start_relays(
+        &self,
+        configuration: &Configuration,
+    ) -> anyhow::Result<(Workers, Vec<Server>)> {
         self.wks01.enter(|| {
+            let workers = Workers::start(NonZeroUsize::MIN)?;
             let relays = configuration.instances.iter().map(|instance| {
                 let listeners = socket::tcp_listeners(instance.listen, NonZeroUsize::MIN)?;
                 let mut settings = Settings::of(instance, configuration.allow_list(instance));
                 settings.connect_timeout = CONNECT_TIMEOUT;
-                Ok(Server::start(
-                    listeners.sockets,
-                    settings,
-                    NonZeroUsize::MIN,
-                )?)
+                Ok(Server::start(&workers, listeners.sockets, settings)?)
             });
-            relays.collect()
+            let relays = relays.collect::<anyhow::Result<_>>()?;
+            Ok((workers, relays))
         })?
     }
 

@@ -138,22 +138,17 @@ impl Ruleset {
             .flat_map(|chain| self.chain(chain).iter().map(move |line| (chain, line)))
     }
 
-    /// What a new line in the chain must remember: whether the chain and the table are there because of us.
+    /// What a new line in the chain must remember: whether the chain and the table are there because of
+    /// us. A table that is brings all of its chains with it.
     pub fn makes(&self, chain: Chain) -> Option<Made> {
-        let remembered = self
-            .chain(chain)
-            .iter()
-            .filter_map(|line| line.connmark.as_ref()?.made())
-            .max();
-        let would_make = match (
-            self.absent.table || self.remembers_table(),
-            self.absent.chains.contains(&chain),
-        ) {
-            (true, true) => Some(Made::Table),
-            (false, true) => Some(Made::Chain),
-            (_, false) => None,
-        };
-        remembered.max(would_make)
+        if self.absent.table || self.remembers_table() {
+            return Some(Made::Table);
+        }
+        let remembered = |line: &FoundLine| line.connmark.as_ref().and_then(Connmark::made);
+        if self.absent.chains.contains(&chain) {
+            return Some(Made::Chain);
+        }
+        self.chain(chain).iter().find_map(remembered)
     }
 
     /// Whether a line in any chain remembers that the table is there because of us.

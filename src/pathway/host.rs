@@ -44,7 +44,7 @@ pub enum Error {
     Netlink(netlink::Error),
     /// The mangle table.
     #[error(transparent)]
-    Firewall(#[from] iptables::Error),
+    Firewall(iptables::Error),
     /// A file under /proc.
     #[error("cannot read {path}")]
     Proc {
@@ -87,6 +87,19 @@ impl From<netlink::Error> for Error {
         match error.errno() {
             Some(libc::EPERM) => Self::Denied,
             _ => Self::Netlink(error),
+        }
+    }
+}
+
+impl From<iptables::Error> for Error {
+    fn from(error: iptables::Error) -> Self {
+        match error {
+            iptables::Error::Tables { source, .. }
+                if source.raw_os_error() == Some(libc::EPERM) =>
+            {
+                Self::Denied
+            }
+            error => Self::Firewall(error),
         }
     }
 }

@@ -18,7 +18,7 @@ use rtnetlink::packet_core::{
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use tokio::task::JoinHandle;
@@ -267,8 +267,8 @@ impl Netlink {
     pub async fn lookup(&self, to: IpAddr) -> Result<Lookup, Error> {
         let mut request = RouteMessage::default();
         request.header.address_family = address_family(Family::of(to));
+        // no flag: with strict checking IPv6 answers EINVAL to RTM_F_LOOKUP_TABLE
         request.header.destination_prefix_length = IpNet::from(to).prefix_len();
-        request.header.flags = RouteFlags::LookupTable;
         request
             .attributes
             .push(RouteAttribute::Destination(match to {

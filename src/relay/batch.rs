@@ -14,7 +14,7 @@
 use std::net::IpAddr;
 
 pub(super) use self::arena::{Arena, Part};
-pub(super) use self::outbox::{Envelope, Outbox, Receiver, Sent};
+pub(super) use self::outbox::{Envelope, Outbox, Receiver, SegmentLimit, Sent};
 
 mod arena;
 mod outbox;

@@ -83,7 +83,7 @@ pub(super) fn begin(
         socket::reset_on_close(&client);
         return Begun::Over;
     }
-    let mut buffer = worker.buffer.borrow_mut();
+    let mut buffer = worker.shared.buffer.borrow_mut();
     let mut read = ReadBuf::new(&mut buffer);
     // tokio takes a fresh socket for readable: the first read needs no readiness event
     let received = match Pin::new(&mut client).poll_read(cx, &mut read) {
@@ -189,7 +189,7 @@ async fn read_header(
             return None;
         }
         let mut received = received.borrow_mut();
-        let mut buffer = worker.buffer.borrow_mut();
+        let mut buffer = worker.shared.buffer.borrow_mut();
         // what came before goes in front, so that the decoder sees one piece; a header that is not
         // complete is far shorter than the buffer
         buffer[..received.len()].copy_from_slice(&received);
@@ -407,6 +407,6 @@ fn connect_failed(worker: &Worker, ends: Ends, to: TargetAddr, error: &ConnectEr
         Subject::ConnectFailed(error.kind),
         ends.proxy,
         Some(&ends.client),
-        &error.message(to, worker.settings()),
+        &error.message(to, &worker.settings()),
     );
 }

@@ -1,8 +1,7 @@
-//! A UDP relay as a running thing: worker threads around sockets that the caller bound.
+//! A UDP relay as a running thing: one instance's part on the worker threads, around sockets that the caller
+//! bound.
 //!
-//! Owns: starting, draining and ending the threads, and what a UDP relay is told. Must not know:
-//! configuration, signals, routing. A worker thread is started by the calling thread and so lives in its
-//! network namespace.
+//! Owns: starting and draining it, and what it is told. Must not know: configuration, signals, routing.
 //!
 //! One datagram: `worker` (a batch is read) → `datagram` (allowed proxy? whose is it?) → `table` (its flow),
 //! or `registry` (it has none here) → a spoofed, connected socket per flow → the service; and back with the
@@ -20,21 +19,23 @@
 
 use std::io;
 use std::net::UdpSocket;
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::NonZeroU32;
 use std::ops::Deref;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU8;
-use std::thread::JoinHandle;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
-use tracing::{info_span, warn};
+use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, watch};
+use tracing::warn;
 
 use self::counters::{Counters, Totals};
-use self::registry::{Limits, Registry};
-use self::worker::{Common, Phase, Worker};
+use self::registry::Registry;
+use self::worker::{Common, Worker};
+use super::report::Limiter;
+use super::settings;
+use super::workers::Workers;
 use crate::model::{AllowList, Family, Instance, InstanceOptions, UdpHeader};
-use crate::relay::settings;
 use crate::socket::Failure;
 use crate::socket::udp::{Bound, receive_from_proxies, udp_bound};
 
@@ -42,6 +43,7 @@ pub mod counters;
 pub mod datagram;
 mod flow;
 mod registry;
+pub(super) mod scratch;
 mod table;
 mod worker;
 
@@ -95,8 +97,8 @@ impl Deref for Settings {
 /// Why a relay could not start, or ended by itself.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The system gave no thread or no descriptor.
-    #[error("cannot start a worker thread")]
+    /// The system gave no descriptor for a worker's part.
+    #[error("cannot give a worker its part")]
     Start(#[source] io::Error),
     /// A listener lacks what the relay needs of it.
     #[error("cannot {} on a listener of instance {instance}", failure.operation)]
@@ -116,33 +118,39 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// A worker thread panicked: a bug.
-    #[error("a worker thread panicked")]
+    /// A task panicked, or its worker thread died: a bug.
+    #[error("a relay's task panicked")]
     Panicked,
 }
 
-/// A running relay. Dropping it ends its flows and waits for its threads.
+/// Whether datagrams are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Serving,
+    Draining,
+}
+
+/// A running relay. Dropping it is a drain.
 #[derive(Debug)]
 pub struct Server {
+    phase: watch::Sender<Phase>,
     common: Arc<Common>,
-    ended: mpsc::UnboundedReceiver<Result<(), Error>>,
-    threads: Vec<JoinHandle<()>>,
+    listeners: Mutex<Vec<UdpSocket>>,
+    ended: tokio::sync::Mutex<mpsc::UnboundedReceiver<Result<(), Error>>>,
 }
 
 impl Server {
     /// Starts relaying what arrives at the listeners, which are bound; their options are set here.
     ///
-    /// The listeners are dealt out to the workers one by one. A worker without a listener would be idle,
-    /// so there are never more workers than listeners.
+    /// The listeners are dealt out to the workers one by one; it takes no more workers than listeners.
     ///
     /// # Errors
-    /// When a thread cannot be started or a listener lacks an option; threads that were started are ended.
+    /// When descriptors run out, or a listener lacks what the relay needs of it.
     pub fn start(
+        workers: &Workers,
         listeners: Vec<UdpSocket>,
         settings: Settings,
-        workers: NonZeroUsize,
     ) -> Result<Self, Error> {
-        let workers = workers.get().min(listeners.len());
         for listener in &listeners {
             receive_from_proxies(listener).map_err(|failure| Error::Unfit {
                 instance: settings.name.to_string(),
@@ -150,43 +158,47 @@ impl Server {
             })?;
         }
         warn_of_wildcard_services(&settings);
-        let limits = Limits {
-            flows: settings.max_flows,
-            per_proxy: settings.max_flows_per_proxy,
-        };
-        let registry = Registry::new(limits, settings.port, workers)
-            .map_err(|errno| Error::Start(errno.into()))?;
-        let common = Arc::new(Common {
-            settings,
-            counters: (0..workers).map(|_| Arc::default()).collect(),
-            registry,
-            started: Instant::now(),
-            phase: AtomicU8::new(Phase::Serving as u8),
-        });
-        let mut shares: Vec<Vec<UdpSocket>> = (0..workers).map(|_| Vec::new()).collect();
-        for (number, listener) in listeners.into_iter().enumerate() {
-            shares[number % workers].push(listener);
+        let chosen: Vec<usize> = workers.pick(listeners.len()).collect();
+        let mut shares: Vec<Vec<UdpSocket>> = chosen.iter().map(|_| Vec::new()).collect();
+        for (number, listener) in listeners.iter().enumerate() {
+            // the same socket: the caller's side is kept to be handed over to whoever comes next
+            let share = listener.try_clone().map_err(Error::Start)?;
+            shares[number % chosen.len()].push(share);
         }
+        let registry = Registry::new(chosen.len()).map_err(|errno| Error::Start(errno.into()))?;
         let (report, ended) = mpsc::unbounded_channel();
-        let mut server = Self {
-            common,
-            ended,
-            threads: Vec::with_capacity(workers),
+        let server = Self {
+            phase: watch::Sender::new(Phase::Serving),
+            common: Arc::new(Common {
+                settings: ArcSwap::from_pointee(settings),
+                counters: chosen.iter().map(|_| Arc::default()).collect(),
+                limiter: Limiter::default(),
+                registry,
+                started: Instant::now(),
+            }),
+            listeners: Mutex::new(listeners),
+            ended: tokio::sync::Mutex::new(ended),
         };
-        for (number, share) in (0u32..).zip(shares) {
+        for (number, (worker, share)) in (0u32..).zip(chosen.into_iter().zip(shares)) {
             let common = Arc::clone(&server.common);
-            let report = report.clone();
-            let thread = std::thread::Builder::new()
-                .name(format!("relay-udp-{number}"))
-                .spawn(move || {
-                    let mut outcome = Outcome {
-                        report,
-                        result: Some(Err(Error::Panicked)),
+            let phase = server.phase.subscribe();
+            let outcome = Outcome {
+                report: report.clone(),
+                result: Some(Err(Error::Panicked)),
+            };
+            workers.submit(worker, move |shared| {
+                let worker = Worker::new(Rc::clone(shared), Arc::clone(&common), number, share);
+                tokio::task::spawn_local(async move {
+                    let result = match worker {
+                        Ok(worker) => worker.run(phase).await.map_err(|source| Error::Listener {
+                            instance: common.settings.load().name.to_string(),
+                            source,
+                        }),
+                        Err(error) => Err(Error::Start(error)),
                     };
-                    outcome.result = Some(work(common, number, share));
-                })
-                .map_err(Error::Start)?;
-            server.threads.push(thread);
+                    outcome.is(result);
+                });
+            });
         }
         Ok(server)
     }
@@ -201,63 +213,66 @@ impl Server {
         self.counters().iter().map(|of| of.read()).sum()
     }
 
-    /// Ends as soon as no flow awaits an answer, after a second at the latest: a datagram service has no
-    /// connections that could end by themselves.
+    /// The listening sockets, once more, for whoever listens next; none once it drains.
+    ///
+    /// # Errors
+    /// When descriptors run out.
+    pub fn listeners(&self) -> io::Result<Vec<UdpSocket>> {
+        let listeners = self
+            .listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        listeners.iter().map(UdpSocket::try_clone).collect()
+    }
+
+    /// Treats what comes from here on as told; flows keep their target and mark until they end.
+    pub fn set(&self, settings: Settings) {
+        self.common.settings.store(Arc::new(settings));
+    }
+
+    /// Takes no new datagrams from proxies from here on, and ends once no flow awaits an answer, after a second
+    /// at the latest: a datagram service has no connections that could end by themselves.
     pub fn drain(&self) {
-        self.common.enter(Phase::Draining);
+        self.listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+        self.phase.send_replace(Phase::Draining);
     }
 
-    /// Ends at once.
-    pub fn end(&self) {
-        self.common.enter(Phase::Ending);
-    }
-
-    /// Waits until every worker has ended: after a drain, or by failure. Cancel-safe.
+    /// Waits until every flow has ended, after a drain, or until it fails. Cancel-safe; one caller at a time
+    /// is told.
     ///
     /// # Errors
     /// The first worker's that failed; the others still run then.
-    pub async fn ended(&mut self) -> Result<(), Error> {
-        while let Some(result) = self.ended.recv().await {
+    pub async fn ended(&self) -> Result<(), Error> {
+        let mut ended = self.ended.lock().await;
+        while let Some(result) = ended.recv().await {
             result?;
         }
         Ok(())
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.end();
-        for thread in self.threads.drain(..) {
-            // a panic was reported through the channel and printed by the thread
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Reports how a thread ended, also when it panics.
+/// Reports how a worker's part ended, also when it panics.
 struct Outcome {
     report: mpsc::UnboundedSender<Result<(), Error>>,
     result: Option<Result<(), Error>>,
 }
 
-impl Drop for Outcome {
-    fn drop(&mut self) {
-        if let Some(result) = self.result.take() {
-            // nobody listens any more when the server is being dropped
-            let _ = self.report.send(result);
-        }
+impl Outcome {
+    fn is(mut self, result: Result<(), Error>) {
+        self.result = Some(result);
     }
 }
 
-/// The life of one worker thread.
-fn work(common: Arc<Common>, number: u32, listeners: Vec<UdpSocket>) -> Result<(), Error> {
-    // entered once for the thread: every line of every flow names the instance
-    let _span = info_span!("relay", instance = %common.settings.name).entered();
-    let instance = common.settings.name.to_string();
-    let mut worker = Worker::new(common, number, listeners).map_err(Error::Start)?;
-    worker
-        .run()
-        .map_err(|source| Error::Listener { instance, source })
+impl Drop for Outcome {
+    fn drop(&mut self) {
+        if let Some(result) = self.result.take() {
+            // nobody listens any more when the server was dropped
+            let _ = self.report.send(result);
+        }
+    }
 }
 
 /// A service on the wildcard address may answer a datagram to a loopback address from another address, past

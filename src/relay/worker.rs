@@ -1,10 +1,9 @@
-//! One worker thread's side of a relay: its listeners, its connections, what they share.
+//! One relay's side on one worker thread: its listeners, its connections, what they share.
 //!
 //! Owns: accepting, limits on open connections, the life of one connection. A connection never leaves
 //! its thread, so everything here is shared without a lock. Must not know: other threads but through
 //! counters, signals, how long a drain may take.
 
-use std::cell::RefCell;
 use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -12,21 +11,21 @@ use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use arc_swap::{ArcSwap, Guard};
 use nix::errno::Errno;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
-use tracing::{debug, trace};
+use tracing::{Span, debug, info_span, trace};
 
-use super::copy::{self, BUFFER, End, Side};
+use super::copy::{self, End, Side};
 use super::counters::{Counters, Refusal};
 use super::report::{Limiter, Subject};
 use super::settings::Settings;
 use super::setup::{self, Begun, Ready, Slow};
-use super::splice::Pool;
+use super::workers::Shared;
 use crate::model::ProxyAddr;
 use crate::socket;
 
@@ -40,37 +39,42 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// What the workers of one relay have in common.
 #[derive(Debug)]
 pub(super) struct Common {
-    pub(super) settings: Settings,
+    /// Swapped as a whole, without a lock, when the configuration is read again.
+    pub(super) settings: ArcSwap<Settings>,
     /// Every worker's counters, for limits that hold for all of them together.
     pub(super) counters: Vec<Arc<Counters>>,
     pub(super) limiter: Limiter,
-    /// Open connections, kept only where `max-connections` is set.
-    pub(super) open: AtomicU32,
 }
 
-/// What the connections of one thread share.
+/// What the connections of one relay on one thread share.
 pub(super) struct Worker {
+    pub(super) shared: Rc<Shared>,
     pub(super) common: Arc<Common>,
     pub(super) counters: Arc<Counters>,
-    /// In use only inside one poll.
-    pub(super) buffer: RefCell<Box<[u8]>>,
-    pipes: Pool,
+    /// Names the instance in every line about a connection.
+    span: Span,
     empty: Notify,
 }
 
 impl Worker {
-    pub(super) fn new(common: Arc<Common>, counters: Arc<Counters>) -> Rc<Self> {
+    pub(super) fn new(
+        shared: Rc<Shared>,
+        common: Arc<Common>,
+        counters: Arc<Counters>,
+    ) -> Rc<Self> {
+        let span = info_span!("relay", instance = %common.settings.load().name);
         Rc::new(Self {
+            shared,
             common,
             counters,
-            buffer: RefCell::new(vec![0; BUFFER].into_boxed_slice()),
-            pipes: Pool::default(),
+            span,
             empty: Notify::new(),
         })
     }
 
-    pub(super) fn settings(&self) -> &Settings {
-        &self.common.settings
+    /// As they are now; not to be held over a wait.
+    pub(super) fn settings(&self) -> Guard<Arc<Settings>> {
+        self.common.settings.load()
     }
 
     /// Waits until no connection is open.
@@ -88,10 +92,18 @@ impl Worker {
         waiting < u64::from(self.settings().max_waiting.get())
     }
 
+    /// Whether one more connection may be open; read like [`Worker::may_wait`].
+    fn may_open(&self) -> bool {
+        self.settings().max_connections.is_none_or(|max| {
+            let open: u64 = self.common.counters.iter().map(|of| of.active.get()).sum();
+            open < u64::from(max.get())
+        })
+    }
+
     fn shared(&self) -> copy::Shared<'_> {
         copy::Shared {
-            buffer: &self.buffer,
-            pipes: &self.pipes,
+            buffer: &self.shared.buffer,
+            pipes: &self.shared.pipes,
             to_target: &self.counters.bytes_to_target,
             to_client: &self.counters.bytes_to_client,
             spliced: &self.counters.bytes_spliced,
@@ -127,6 +139,7 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
                 Trouble::Exhausted => {
                     worker.counters.accept_pauses.add(1);
                     if pause == FIRST_PAUSE {
+                        let _named = worker.span.enter();
                         worker.common.limiter.warn_about_listener(
                             &listener,
                             &format_args!("accepting pauses: {error}: raise LimitNOFILE or set max-connections"),
@@ -168,6 +181,7 @@ fn adopt(worker: &Rc<Worker>, client: TcpStream, peer: SocketAddr) {
     worker.counters.accepted.add(1);
     let proxy = ProxyAddr::new(peer);
     let Some(live) = Live::new(worker) else {
+        let _named = worker.span.enter();
         worker.counters.refuse(Refusal::TooManyConnections);
         worker.common.limiter.warn(
             Subject::Refused(Refusal::TooManyConnections),
@@ -189,12 +203,8 @@ struct Live(Rc<Worker>);
 
 impl Live {
     fn new(worker: &Rc<Worker>) -> Option<Self> {
-        if let Some(max) = worker.settings().max_connections {
-            let open = &worker.common.open;
-            let taken = open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |open| {
-                (open < max.get()).then_some(open + 1)
-            });
-            taken.ok()?;
+        if !worker.may_open() {
+            return None;
         }
         worker.counters.active.add(1);
         Some(Self(Rc::clone(worker)))
@@ -203,9 +213,6 @@ impl Live {
 
 impl Drop for Live {
     fn drop(&mut self) {
-        if self.0.settings().max_connections.is_some() {
-            self.0.common.open.fetch_sub(1, Ordering::Relaxed);
-        }
         self.0.counters.active.sub_one();
         if self.0.counters.active.get() == 0 {
             self.0.empty.notify_waiters();
@@ -240,31 +247,33 @@ impl Future for Connection {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = &mut *self;
+        let Self { stage, live } = &mut *self;
         loop {
-            match &mut this.stage {
+            match stage {
                 Stage::Accepted(..) => {
-                    let Stage::Accepted(client, proxy) =
-                        std::mem::replace(&mut this.stage, Stage::Over)
+                    let Stage::Accepted(client, proxy) = std::mem::replace(stage, Stage::Over)
                     else {
                         return Poll::Ready(());
                     };
-                    this.stage = match setup::begin(&this.live, cx, client, proxy) {
+                    let _named = live.span.enter();
+                    *stage = match setup::begin(live, cx, client, proxy) {
                         Begun::Ready(ready) => Stage::Relaying(ready),
                         Begun::Slow(slow) => Stage::Slow(slow),
                         Begun::Over => Stage::Over,
                     };
                 }
                 Stage::Slow(slow) => {
-                    this.stage = match ready!(slow.as_mut().poll(cx)) {
+                    let _named = live.span.enter();
+                    *stage = match ready!(slow.as_mut().poll(cx)) {
                         Some(ready) => Stage::Relaying(ready),
                         None => Stage::Over,
                     };
                 }
                 Stage::Relaying(relaying) => {
-                    let end = ready!(relaying.pair.poll(cx, &this.live.shared()));
-                    finish(&this.live, relaying, end);
-                    this.stage = Stage::Over;
+                    let end = ready!(relaying.pair.poll(cx, &live.shared()));
+                    let _named = live.span.enter();
+                    finish(live, relaying, end);
+                    *stage = Stage::Over;
                 }
                 Stage::Over => return Poll::Ready(()),
             }

@@ -8,10 +8,12 @@ mod chain;
 mod config;
 mod demo;
 mod header;
+mod pathway;
 mod probe;
 mod relay;
 #[cfg(feature = "soak")]
 mod soak;
+mod supervisor;
 mod support;
 mod systemd;
 mod udp;

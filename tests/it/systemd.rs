@@ -72,6 +72,12 @@ impl Systemd {
         text
     }
 
+    /// Writes a file that its services see.
+    fn write(&self, path: &str, text: &str) {
+        let root = format!("/proc/{}/root{path}", self.init);
+        fs::write(root, text).expect("write file");
+    }
+
     fn journal(&self) -> String {
         let output = self.try_run("journalctl --no-pager -o cat -u mmproxy*");
         String::from_utf8_lossy(&output.stdout).into_owned()
@@ -239,4 +245,40 @@ fn units_work_with_iptables_legacy() {
     systemd.run("systemctl stop mmproxy-pathways");
     assert_eq!(systemd.show(RELAY, "ActiveState"), "inactive");
     assert_eq!(connmark_lines(), [0, 0]);
+}
+
+#[test]
+fn networkd_leaves_pathways_alone_when_told() {
+    let (host, peer) = (Host::new("wks01"), Host::new("peer"));
+    host.link("eth0", &[], &peer, "eth0", &[]);
+    let systemd = Systemd::boot(&host);
+    systemd.write(
+        "/etc/systemd/network/eth0.network",
+        "[Match]\nName=eth0\n[Network]\nAddress=10.0.0.1/24\n",
+    );
+    let reconfigure = || {
+        let configured = || host.ip("address show dev eth0").contains("10.0.0.1/24");
+        systemd.run("systemctl restart systemd-networkd");
+        wait_for("systemd-networkd to configure its interface", configured);
+        host.ip("address flush dev eth0");
+        // drops what is foreign, then puts the address back
+        systemd.run("networkctl reconfigure eth0");
+        wait_for(
+            "systemd-networkd to configure its interface again",
+            configured,
+        );
+    };
+    let in_place = || systemd.try_run("mmproxyctl pathway check").status.success();
+    systemd.run("systemctl start dbus.socket mmproxy-pathways");
+    assert!(in_place());
+    // what the drop-in is for
+    reconfigure();
+    wait_for("systemd-networkd to remove rules", || !in_place());
+
+    systemd.run("mkdir -p /etc/systemd/networkd.conf.d");
+    let drop_in = fs::read_to_string(shipped("systemd/mmproxy-networkd.conf")).expect("drop-in");
+    systemd.write("/etc/systemd/networkd.conf.d/mmproxy.conf", &drop_in);
+    systemd.run("systemctl restart mmproxy-pathways");
+    reconfigure();
+    assert!(in_place(), "{}", systemd.journal());
 }

@@ -1,108 +1,231 @@
-//! The relay of an instance, of either protocol, as `run` sees it.
+//! One instance's relay as a task under supervision: lock, pathway, sockets, server, in this order.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
-use tracing::info;
+use anyhow::{Context, bail};
+use tracing::{info, warn};
 
+use super::listening::{Listening, Place};
+use super::plan::Spec;
+use super::relaying::{Error, Server};
 use crate::config::Configuration;
-use crate::model::{Instance, InstanceName, Protocol};
-use crate::relay::settings::Settings;
-use crate::relay::{tcp, udp};
-use crate::socket;
-use crate::socket::udp::udp_listeners;
+use crate::model::{Instance, Mark, Pathway};
+use crate::pathway;
+use crate::relay::workers::Workers;
+use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
+use crate::supervisor::Task;
+use crate::systemd;
 
-/// A running relay.
-pub(super) enum Relay {
-    Tcp(tcp::Server),
-    Udp(udp::Server),
+/// For how long a look at the pathways holds: a thousand instances that start together need one.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// How many listening sockets a process makes without being told how many (`listeners=`): where there
+/// are many instances on many cores, each is heard by fewer workers.
+const SOCKETS: usize = 8192;
+
+/// The lock of an instance. One may be called "pathways", which is a lock of its own: hence the suffix.
+pub(super) fn lock_name(instance: &str) -> String {
+    format!("{instance}.instance")
+}
+
+/// What all relays of the process are started from.
+#[derive(Debug)]
+pub(super) struct World {
+    pub(super) workers: Workers,
+    pub(super) runtime_dir: RuntimeDir,
+    /// Start although the pathway may not be in place.
+    pub(super) no_check: bool,
+    /// As last read without a mistake.
+    pub(super) configuration: RefCell<Rc<Configuration>>,
+    /// How many instances this process has.
+    pub(super) instances: std::cell::Cell<usize>,
+    /// Locks that are held for instances about to start.
+    pub(super) locks: RefCell<BTreeMap<String, Lock>>,
+    /// Listening sockets without a relay, by protocol and address: passed by systemd or the process before, or left by
+    /// a relay that another one follows.
+    pub(super) offered: RefCell<BTreeMap<Place, Vec<Listening>>>,
+    pub(super) look: tokio::sync::Mutex<Option<Look>>,
+}
+
+/// What was missing of the pathways, by mark, when they were last looked at.
+#[derive(Debug)]
+pub(super) struct Look {
+    at: Instant,
+    of: Rc<Configuration>,
+    missing: BTreeMap<Mark, String>,
+}
+
+impl World {
+    /// Offers a listening socket to the relay that will listen on its address.
+    pub(super) fn offer(&self, listener: Listening) {
+        match listener.place() {
+            Ok(place) => self
+                .offered
+                .borrow_mut()
+                .entry(place)
+                .or_default()
+                .push(listener),
+            Err(error) => warn!(%error, "a listening socket has no address"),
+        }
+    }
+
+    fn lock(&self, instance: &str) -> anyhow::Result<Lock> {
+        if let Some(lock) = self.locks.borrow_mut().remove(instance) {
+            return Ok(lock);
+        }
+        match self.runtime_dir.try_lock(&lock_name(instance))? {
+            Attempt::Held(lock) => Ok(lock),
+            Attempt::HeldBy(Some(pid)) => bail!("already running, pid {pid}"),
+            Attempt::HeldBy(None) => bail!("already running in another process"),
+        }
+    }
+
+    /// Refuses where a reply would never find its way back: such a relay only times out.
+    pub(super) async fn in_place(&self, mark: Mark) -> anyhow::Result<()> {
+        let configuration = Rc::clone(&self.configuration.borrow());
+        // those that start at the same time wait here for the first one's look
+        let mut look = self.look.lock().await;
+        let looked = match look.take() {
+            Some(look) if look.at.elapsed() < FRESH && Rc::ptr_eq(&look.of, &configuration) => look,
+            _ => Look {
+                missing: missing(&configuration.pathways).await?,
+                at: Instant::now(),
+                of: configuration,
+            },
+        };
+        let look = look.insert(looked);
+        if look.of.pathway(mark).is_none() {
+            bail!("no pathway has mark {mark}");
+        }
+        match look.missing.get(&mark) {
+            Some(text) => bail!("{text}"),
+            None => Ok(()),
+        }
+    }
+
+    fn listeners_of(&self, instance: &Instance) -> NonZeroUsize {
+        let asked = instance.options.listeners.map(NonZeroUsize::try_from);
+        if let Some(Ok(count)) = asked {
+            return count;
+        }
+        let share = SOCKETS / self.instances.get().max(1);
+        NonZeroUsize::new(self.workers.count().min(share)).unwrap_or(NonZeroUsize::MIN)
+    }
+}
+
+async fn missing(pathways: &[Pathway]) -> anyhow::Result<BTreeMap<Mark, String>> {
+    let findings = pathway::check(pathways)
+        .await
+        .context("cannot check the pathways")?;
+    let mut missing = BTreeMap::new();
+    for finding in &findings {
+        missing
+            .entry(finding.mark)
+            .or_insert_with(|| format!("its pathway, mark {}, is not in place:", finding.mark))
+            .push_str(&format!("\n  {finding}"));
+    }
+    for finding in findings {
+        if let Some(text) = missing.get_mut(&finding.mark)
+            && !text.contains("\nrun: ")
+        {
+            text.push_str(&format!(
+                "\nrun: {} (or start with --no-check)",
+                finding.fix()
+            ));
+        }
+    }
+    Ok(missing)
+}
+
+/// A running relay and what goes with it.
+#[derive(Debug)]
+pub(super) struct Relay {
+    pub(super) server: Server,
+    lock: RefCell<Option<Lock>>,
 }
 
 impl Relay {
-    /// Binds and starts; also whether the listen address is still missing.
-    pub(super) fn start(
-        configuration: &Configuration,
-        instance: &Instance,
-        workers: NonZeroUsize,
-        listeners: NonZeroUsize,
-    ) -> Result<(Self, bool)> {
-        let allow = configuration.allow_list(instance);
-        Ok(match instance.options.protocol {
-            Protocol::Tcp => {
-                let bound = socket::tcp_listeners(instance.listen, listeners)?;
-                let settings = Settings::of(instance, allow);
-                let server = tcp::Server::start(bound.sockets, settings, workers)?;
-                (Self::Tcp(server), bound.address_missing)
-            }
-            Protocol::Udp => {
-                let bound = udp_listeners(instance.listen, listeners)?;
-                let settings = udp::Settings::of(instance, allow);
-                let server = udp::Server::start(bound.sockets, settings, workers)?;
-                (Self::Udp(server), bound.address_missing)
-            }
+    /// Starts it, on sockets that were offered for its address, else on new ones.
+    pub(super) async fn start(world: Rc<World>, spec: Spec) -> anyhow::Result<Self> {
+        let Spec { instance, allow } = spec;
+        let name = instance.name.as_str();
+        let lock = world.lock(name)?;
+        if !world.no_check {
+            world.in_place(instance.mark).await?;
+        }
+        let place = (instance.options.protocol, instance.listen.get());
+        let offered = world.offered.borrow_mut().remove(&place);
+        let sockets = match offered {
+            Some(sockets) => sockets,
+            None => bind(&instance, world.listeners_of(&instance))?,
+        };
+        let listeners = sockets.len();
+        systemd::store(name, &sockets);
+        let server = Server::start(&world.workers, sockets, &instance, allow)?;
+        info!(
+            instance = %instance.name, listen = %instance.listen, mark = %instance.mark,
+            target4 = instance.target4.map(tracing::field::display),
+            target6 = instance.target6.map(tracing::field::display),
+            workers = world.workers.count(), listeners, "relaying"
+        );
+        Ok(Self {
+            server,
+            lock: RefCell::new(Some(lock)),
         })
     }
 
-    /// What it relays, in the plural.
-    pub(super) fn units(&self) -> &'static str {
-        match self {
-            Self::Tcp(_) => "connections",
-            Self::Udp(_) => "datagrams",
-        }
+    /// Its lock for another process.
+    pub(super) fn share_lock(&self) -> Option<std::io::Result<std::os::fd::OwnedFd>> {
+        self.lock.borrow().as_ref().map(Lock::share)
+    }
+}
+
+fn bind(instance: &Instance, count: NonZeroUsize) -> anyhow::Result<Vec<Listening>> {
+    let (sockets, address_missing) =
+        Listening::bind(instance.options.protocol, instance.listen, count)?;
+    if address_missing {
+        warn!(
+            instance = %instance.name, listen = %instance.listen,
+            "the listen address is on no interface yet: listening all the same, connections arrive once it is there"
+        );
+    }
+    Ok(sockets)
+}
+
+impl Task for Relay {
+    type Error = Chain;
+
+    fn drain(&self) {
+        self.server.drain();
+        // whoever wants to run this instance from here on may
+        self.lock.borrow_mut().take();
     }
 
-    /// Connections or flows there are now.
-    pub(super) fn active(&self) -> u64 {
-        match self {
-            Self::Tcp(server) => server.totals().active,
-            Self::Udp(server) => server.totals().flows,
-        }
+    fn active(&self) -> u64 {
+        self.server.active()
     }
 
-    pub(super) fn drain(&self) {
-        match self {
-            Self::Tcp(server) => server.drain(),
-            Self::Udp(server) => server.drain(),
-        }
+    async fn ended(&self) -> Result<(), Chain> {
+        self.server.ended().await.map_err(Chain)
     }
+}
 
-    pub(super) fn end(&self) {
-        match self {
-            Self::Tcp(server) => server.end(),
-            Self::Udp(server) => server.end(),
-        }
-    }
+/// Shows an error with its causes.
+#[derive(Debug)]
+pub(super) struct Chain(Error);
 
-    /// Waits until every worker has ended. Cancel-safe.
-    pub(super) async fn ended(&mut self) -> Result<()> {
-        match self {
-            Self::Tcp(server) => server.ended().await?,
-            Self::Udp(server) => server.ended().await?,
+impl std::fmt::Display for Chain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = std::error::Error::source(&self.0);
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
         }
         Ok(())
-    }
-
-    /// One line about all it did.
-    pub(super) fn say_ended(&self, name: &InstanceName) {
-        match self {
-            Self::Tcp(server) => {
-                let totals = server.totals();
-                info!(
-                    instance = %name, connections = totals.accepted, refused = totals.refused.all(),
-                    connect_failed = totals.connect_failed.all(), bytes.r#in = totals.bytes_to_target,
-                    bytes.out = totals.bytes_to_client, "ended"
-                );
-            }
-            Self::Udp(server) => {
-                let totals = server.totals();
-                info!(
-                    instance = %name, flows = totals.flows_opened, refused = totals.refused.all(),
-                    dropped = totals.dropped.all(), connect_failed = totals.open_failed.all(),
-                    overflow.r#in = totals.overflow_from_proxy, overflow.out = totals.overflow_from_target,
-                    datagrams.r#in = totals.datagrams_to_target, datagrams.out = totals.datagrams_to_client,
-                    bytes.r#in = totals.bytes_to_target, bytes.out = totals.bytes_to_client, "ended"
-                );
-            }
-        }
     }
 }

@@ -53,6 +53,27 @@ struct Message {
     closed: bool,
 }
 
+/// Up to which size datagrams are left to the kernel to cut, per socket or kind of socket.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::relay) struct SegmentLimit(usize);
+
+impl Default for SegmentLimit {
+    /// Any size, until the kernel refuses one.
+    fn default() -> Self {
+        Self(MAX_SEGMENTED)
+    }
+}
+
+impl SegmentLimit {
+    /// After a refusal: smaller ones may do; EIO means that none will, on this path.
+    fn lower(&mut self, refusal: &io::Error, size: usize) {
+        self.0 = match refusal.raw_os_error() {
+            Some(libc::EIO) => 0,
+            _ => self.0.min(size.saturating_sub(1)),
+        };
+    }
+}
+
 /// What became of an [`Outbox`].
 #[derive(Debug, Default)]
 pub(in crate::relay) struct Sent {
@@ -78,8 +99,6 @@ union Name {
 pub(in crate::relay) struct Outbox {
     messages: Vec<Message>,
     parts: Vec<Part>,
-    /// Larger datagrams are not segmented by the kernel: it has refused.
-    segment_limit: usize,
     // what the message headers point to, rebuilt for every call
     iovecs: Vec<libc::iovec>,
     headers: Vec<libc::mmsghdr>,
@@ -93,7 +112,6 @@ impl Outbox {
         Self {
             messages: Vec::new(),
             parts: Vec::new(),
-            segment_limit: MAX_SEGMENTED,
             iovecs: Vec::new(),
             headers: Vec::new(),
             names: Vec::new(),
@@ -107,13 +125,13 @@ impl Outbox {
     }
 
     /// Adds a datagram.
-    pub(in crate::relay) fn push(&mut self, envelope: Envelope, part: Part) {
+    pub(in crate::relay) fn push(&mut self, envelope: Envelope, part: Part, limit: SegmentLimit) {
         let length = part.length();
         if let Some(last) = self.messages.last_mut()
             && !last.closed
             && last.envelope == envelope
             && length <= last.size
-            && last.size <= self.segment_limit
+            && last.size <= limit.0
             && length > 0
             && last.parts.len() < MAX_SEGMENTS
             && last.bytes + length <= MAX_SEGMENTED
@@ -136,8 +154,14 @@ impl Outbox {
 
     /// Sends everything, in order, and is empty again.
     ///
-    /// What the kernel does not take is dropped, as a network does, and said in the result.
-    pub(in crate::relay) fn send(&mut self, socket: BorrowedFd<'_>, arena: &Arena) -> Sent {
+    /// What the kernel does not take is dropped, as a network does, and said in the result. Where it does not
+    /// segment, the limit is lowered.
+    pub(in crate::relay) fn send(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        arena: &Arena,
+        limit: &mut SegmentLimit,
+    ) -> Sent {
         let mut sent = Sent::default();
         let mut first = 0;
         while first < self.messages.len() {
@@ -156,7 +180,8 @@ impl Outbox {
                     Err(error) => {
                         let at = first + done;
                         if self.messages[at].parts.len() > 1 && is_about_segments(&error) {
-                            self.without_segments(socket, arena, at, &error, &mut sent);
+                            limit.lower(&error, self.messages[at].size);
+                            self.without_segments(socket, arena, at, &mut sent);
                         } else {
                             sent.failed += self.messages[at].parts.len() as u64;
                             sent.error = Some(error);
@@ -207,21 +232,16 @@ impl Outbox {
         socket: BorrowedFd<'_>,
         arena: &Arena,
         at: usize,
-        refusal: &io::Error,
         sent: &mut Sent,
     ) {
         let message = &self.messages[at];
         let (envelope, parts) = (message.envelope, message.parts.clone());
-        self.segment_limit = match refusal.raw_os_error() {
-            Some(libc::EIO) => 0,
-            _ => self.segment_limit.min(message.size.saturating_sub(1)),
-        };
         let mut single = Self::new();
-        single.segment_limit = 0;
+        let mut none = SegmentLimit(0);
         for part in &self.parts[parts] {
-            single.push(envelope, *part);
+            single.push(envelope, *part, none);
         }
-        let result = single.send(socket, arena);
+        let result = single.send(socket, arena, &mut none);
         sent.datagrams += result.datagrams;
         sent.bytes += result.bytes;
         sent.failed += result.failed;

@@ -112,9 +112,9 @@ fn runs_of_equal_datagrams_arrive_whole() {
             tos: 0xb9,
         };
         for (slot, size) in sizes.iter().enumerate() {
-            outbox.push(envelope, Part::new(slot, 0, *size));
+            outbox.push(envelope, Part::new(slot, 0, *size), SegmentLimit::default());
         }
-        let sent = outbox.send(sender.as_fd(), &arena);
+        let sent = outbox.send(sender.as_fd(), &arena, &mut SegmentLimit::default());
         assert_eq!(sent.datagrams, sizes.len() as u64, "{sent:?}");
         assert_eq!(sent.failed, 0);
         assert!(outbox.is_empty());
@@ -148,9 +148,18 @@ fn answers_with_a_prefix_from_the_address_asked() {
             tos: 0,
         };
         arena.prefix(slot, b"head-");
-        outbox.push(envelope, Part::with_prefix(slot, 5, 2));
+        outbox.push(
+            envelope,
+            Part::with_prefix(slot, 5, 2),
+            SegmentLimit::default(),
+        );
     }
-    assert_eq!(outbox.send(wildcard.as_fd(), &arena).datagrams, 2);
+    assert_eq!(
+        outbox
+            .send(wildcard.as_fd(), &arena, &mut SegmentLimit::default())
+            .datagrams,
+        2
+    );
     let mut buffer = [0; 64];
     for expected in [b"head-aa", b"head-bb"] {
         // a connected socket takes nothing that comes from another address
@@ -177,9 +186,9 @@ fn a_refused_datagram_does_not_hold_up_the_rest() {
         ..good
     };
     let mut outbox = Outbox::new();
-    outbox.push(bad, Part::new(0, 0, 1000));
-    outbox.push(good, Part::new(1, 0, 2));
-    let sent = outbox.send(listener.as_fd(), &arena);
+    outbox.push(bad, Part::new(0, 0, 1000), SegmentLimit::default());
+    outbox.push(good, Part::new(1, 0, 2), SegmentLimit::default());
+    let sent = outbox.send(listener.as_fd(), &arena, &mut SegmentLimit::default());
     assert_eq!((sent.datagrams, sent.failed), (1, 1));
     assert_eq!(sent.error.unwrap().kind(), io::ErrorKind::PermissionDenied);
     let mut buffer = [0; 64];

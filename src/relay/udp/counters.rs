@@ -59,6 +59,8 @@ kinds! {
         NoSocket = "no-socket",
         /// A header on its proxy address and port named another client (`udp-header=first`).
         Replaced = "replaced",
+        /// The relay ends.
+        Drained = "drained",
         /// The proxy went on with its client from another port; the socket went there too.
         Moved = "moved",
     }

@@ -29,13 +29,15 @@ const MOVES_AFTER: u64 = 2_000;
 /// much the limits can be exceeded for a moment.
 const MAX_NOTES: usize = 1024;
 
-/// How many flows there may be.
+/// What a relay allows, as it is told now.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
-    /// In all.
+pub(super) struct Rules {
+    /// How many flows there may be.
     pub(super) flows: NonZeroU32,
-    /// From one proxy address.
+    /// How many from one proxy address.
     pub(super) per_proxy: NonZeroU32,
+    /// Whether a client's port is kept.
+    pub(super) port: PortPolicy,
 }
 
 /// What one worker asks of another.
@@ -105,8 +107,6 @@ struct Inner {
 /// All flows of a relay.
 #[derive(Debug)]
 pub(super) struct Registry {
-    limits: Limits,
-    port: PortPolicy,
     inner: Mutex<Inner>,
     mailboxes: Box<[Mailbox]>,
 }
@@ -116,7 +116,7 @@ impl Registry {
     ///
     /// # Errors
     /// When the kernel gives no eventfd.
-    pub(super) fn new(limits: Limits, port: PortPolicy, workers: usize) -> nix::Result<Self> {
+    pub(super) fn new(workers: usize) -> nix::Result<Self> {
         let mailbox = || {
             let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
             Ok(Mailbox {
@@ -125,8 +125,6 @@ impl Registry {
             })
         };
         Ok(Self {
-            limits,
-            port,
             inner: Mutex::new(Inner {
                 flows: vec![0; workers].into(),
                 ..Inner::default()
@@ -137,16 +135,9 @@ impl Registry {
         })
     }
 
-    /// What wakes a worker: readable when there are notes, or when [`Registry::wake_all`] was called.
+    /// What wakes a worker: readable when there are notes.
     pub(super) fn wake_of(&self, worker: u32) -> &EventFd {
         &self.mailboxes[worker as usize].wake
-    }
-
-    /// Wakes every worker.
-    pub(super) fn wake_all(&self) {
-        for mailbox in &self.mailboxes {
-            mailbox.wake();
-        }
     }
 
     /// Takes a worker's notes.
@@ -166,7 +157,7 @@ impl Registry {
     }
 
     /// Asks for a flow that the worker does not have.
-    pub(super) fn admit(&self, worker: u32, route: &Route, now: u64) -> Admission {
+    pub(super) fn admit(&self, worker: u32, route: &Route, rules: &Rules, now: u64) -> Admission {
         let mut inner = self.lock();
         let mut replaced = None;
         if let Some(flow) = inner.by_key.get(&route.key).cloned() {
@@ -180,8 +171,8 @@ impl Registry {
         let proxy = route.path.proxy().ip();
         let own = inner.of_proxy.get(&proxy);
         let all = [
-            (own.map(|of| &**of), self.limits.per_proxy, Some(proxy)),
-            (Some(&*inner.flows), self.limits.flows, None),
+            (own.map(|of| &**of), rules.per_proxy, Some(proxy)),
+            (Some(&*inner.flows), rules.flows, None),
         ];
         for (flows, limit, of) in all {
             let Some(flows) = flows else { continue };
@@ -196,9 +187,13 @@ impl Registry {
                 _ => return Admission::Refused,
             }
         }
-        let (socket, moved, port_taken) = self.pair(&mut inner, route, worker, now);
+        let keeps_port = rules.port == PortPolicy::Keep && route.client.port() != 0;
+        let (socket, moved, port_taken) = match keeps_port {
+            true => self.pair(&mut inner, route, worker, now),
+            false => (None, None, false),
+        };
         let flow = Flow::new(*route, worker, now, socket);
-        if !port_taken && self.keeps_port(route) {
+        if !port_taken && keeps_port {
             let pair = (route.client, route.target);
             inner.by_pair.insert(pair, Arc::clone(&flow));
         }
@@ -232,10 +227,6 @@ impl Registry {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn keeps_port(&self, route: &Route) -> bool {
-        self.port == PortPolicy::Keep && route.client.port() != 0
-    }
-
     /// What the socket of this client and target means for a new flow: the socket, whose it was, or that it
     /// stays where it is.
     fn pair(
@@ -245,9 +236,6 @@ impl Registry {
         worker: u32,
         now: u64,
     ) -> (Option<Arc<std::net::UdpSocket>>, Option<Arc<Flow>>, bool) {
-        if !self.keeps_port(route) {
-            return (None, None, false);
-        }
         let Some(holder) = inner.by_pair.get(&(route.client, route.target)).cloned() else {
             return (None, None, false);
         };
@@ -354,12 +342,35 @@ mod tests {
     use super::super::flow::Path;
     use super::*;
 
-    fn registry(flows: u32, per_proxy: u32) -> Registry {
-        let limits = Limits {
-            flows: NonZeroU32::new(flows).unwrap(),
-            per_proxy: NonZeroU32::new(per_proxy).unwrap(),
-        };
-        Registry::new(limits, PortPolicy::Keep, 2).unwrap()
+    /// A registry of two workers, asked under the same rules each time.
+    struct Ruled {
+        registry: Registry,
+        rules: Rules,
+    }
+
+    impl Ruled {
+        fn admit(&self, worker: u32, route: &Route, now: u64) -> Admission {
+            self.registry.admit(worker, route, &self.rules, now)
+        }
+    }
+
+    impl std::ops::Deref for Ruled {
+        type Target = Registry;
+
+        fn deref(&self) -> &Registry {
+            &self.registry
+        }
+    }
+
+    fn registry(flows: u32, per_proxy: u32) -> Ruled {
+        Ruled {
+            registry: Registry::new(2).unwrap(),
+            rules: Rules {
+                flows: NonZeroU32::new(flows).unwrap(),
+                per_proxy: NonZeroU32::new(per_proxy).unwrap(),
+                port: PortPolicy::Keep,
+            },
+        }
     }
 
     fn route(proxy: &str, client: &str) -> Route {

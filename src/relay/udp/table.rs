@@ -116,6 +116,11 @@ impl<K: Hash + Eq + Clone, F> Table<K, F> {
         self.by_key.len()
     }
 
+    /// Whether there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.by_key.is_empty()
+    }
+
     /// The flow with this key.
     #[inline]
     pub(super) fn find(&self, key: &K) -> Option<Id> {

@@ -1,93 +1,72 @@
-//! One worker thread's side of a UDP relay: its listeners, its flows, its event loop.
+//! One relay's side on one worker thread: its listeners, its flows, its event loop.
 //!
 //! Owns: what happens to a datagram from where it is read to where it is sent on. Must not know: other
-//! threads but through the registry, how long a drain may take.
+//! threads but through the registry.
 //!
-//! There is no async runtime here: everything a worker waits for is a descriptor in its one epoll instance,
-//! and the unit of work is a batch of datagrams of many flows, not a flow.
+//! Everything a worker waits for is a descriptor in an epoll instance of its own, and that instance is what the
+//! thread's runtime waits for: the unit of work is a batch of datagrams of many flows, not a flow, and a flow
+//! costs the runtime nothing.
 //!
 //! `inbound` goes from the proxies to the service, `outbound` back; `lifecycle` has how flows begin and end,
 //! `refusals` what is said about datagrams that go no further.
 
 use std::io;
 use std::net::{IpAddr, UdpSocket};
+use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use arc_swap::ArcSwap;
+use nix::sys::epoll::{EpollEvent, EpollFlags};
+use tokio::sync::watch;
+use tracing::{Span, info_span};
 
-use super::Settings;
+use self::epoll::WaitableEpoll;
 use super::counters::{Counters, Ended};
 use super::datagram::Client;
 use super::flow::{Flow, Key, Path};
 use super::registry::{Note, Registry};
+use super::scratch::Scratch;
 use super::table::{GRAIN, Id, Table};
+use super::{Phase, Settings};
 use crate::model::ClientAddr;
-use crate::relay::batch::{Arena, Outbox, Part};
+use crate::relay::batch::SegmentLimit;
 use crate::relay::report::{self, Limiter, Subject};
+use crate::relay::workers::Shared;
 
+mod epoll;
 mod inbound;
 mod lifecycle;
 mod outbound;
 mod refusals;
 
-/// Datagrams (or runs of equal ones) per call.
-const BATCH: usize = 128;
-/// Of these, how many one flow's answers may take before the next flow's turn.
+/// How many datagrams one flow's answers may take of a batch before the next flow's turn.
 const BATCH_OF_ONE: usize = 32;
 /// How many full batches a listener or a flow gets before the others' turn.
 const TURNS: usize = 4;
+/// How many rounds a busy relay makes before the thread's other relays get their turn.
+const ROUNDS: usize = 4;
 /// Events per call.
 const EVENTS: usize = 256;
 /// How long a drain goes on for answers that are still to come, in milliseconds.
 const DRAIN: u64 = 1_000;
-/// How often a drain looks whether it is over, in milliseconds.
-const DRAIN_LOOK: u64 = 20;
+/// How often a drain looks whether it is over.
+const DRAIN_LOOK: Duration = Duration::from_millis(20);
 
 /// What an event is about; a flow's is its [`Id`], below all of these.
 const LISTENERS: u64 = 1 << 32;
 const MAILBOX: u64 = 1 << 33;
 
-/// No queued datagram.
-const NONE: u32 = u32::MAX;
-
-/// How far a relay is from its end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-#[repr(u8)]
-pub(super) enum Phase {
-    Serving,
-    Draining,
-    Ending,
-}
-
 /// What the workers of one relay have in common.
 #[derive(Debug)]
 pub(super) struct Common {
-    pub(super) settings: Settings,
+    /// Swapped as a whole, without a lock, when the configuration is read again.
+    pub(super) settings: ArcSwap<Settings>,
     /// Every worker's.
     pub(super) counters: Vec<Arc<Counters>>,
+    pub(super) limiter: Limiter,
     pub(super) registry: Registry,
     pub(super) started: Instant,
-    /// A [`Phase`].
-    pub(super) phase: AtomicU8,
-}
-
-impl Common {
-    /// Enters a later phase.
-    pub(super) fn enter(&self, phase: Phase) {
-        self.phase.fetch_max(phase as u8, Ordering::Relaxed);
-        self.registry.wake_all();
-    }
-
-    fn phase(&self) -> Phase {
-        match self.phase.load(Ordering::Relaxed) {
-            0 => Phase::Serving,
-            1 => Phase::Draining,
-            _ => Phase::Ending,
-        }
-    }
 }
 
 /// A flow of this worker's.
@@ -108,14 +87,6 @@ struct Held {
     answered: bool,
 }
 
-/// A datagram queued at its flow.
-#[derive(Clone, Copy)]
-struct Queued {
-    part: Part,
-    tos: u8,
-    next: u32,
-}
-
 /// Proxies whose trust was looked up last: usually there is one.
 #[derive(Clone, Copy)]
 struct Known {
@@ -123,27 +94,26 @@ struct Known {
     allowed: bool,
 }
 
-/// A worker. Made on its own thread.
+/// A relay on a worker thread. Never leaves it.
 pub(super) struct Worker {
+    shared: Rc<Shared>,
     common: Arc<Common>,
+    /// As they were at the beginning of the round.
+    settings: Arc<Settings>,
     number: u32,
     counters: Arc<Counters>,
-    limiter: Limiter,
-    epoll: Epoll,
+    /// Names the instance in every line.
+    span: Span,
+    epoll: WaitableEpoll,
     listeners: Vec<Listener>,
     flows: Table<Key, Held>,
     /// Milliseconds since the relay's start.
     now: u64,
     known: Option<Known>,
-    inbound: Arena,
-    queue: Vec<Queued>,
-    /// Flows with something queued.
-    touched: Vec<Id>,
-    to_target: Outbox,
-    outbound: Arena,
-    /// How many of its slots hold answers that are not sent yet.
-    gathered: usize,
-    to_client: Outbox,
+    /// The thread's, during a round; else empty.
+    scratch: Scratch,
+    to_target: SegmentLimit,
+    to_client: SegmentLimit,
     /// Flows whose answers were not all read in their turn.
     unfinished: Vec<Id>,
 }
@@ -155,118 +125,148 @@ struct Listener {
 }
 
 impl Worker {
-    /// A worker for these listeners, of which there is at least one.
+    /// A worker for these listeners, of which there is at least one. Within the thread's event loop.
     ///
     /// # Errors
     /// When the kernel gives no epoll instance.
     pub(super) fn new(
+        shared: Rc<Shared>,
         common: Arc<Common>,
         number: u32,
         listeners: Vec<UdpSocket>,
     ) -> io::Result<Self> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let watched = EpollFlags::EPOLLIN;
+        let epoll = WaitableEpoll::new()?;
         for (at, socket) in (0u64..).zip(&listeners) {
-            epoll.add(socket, EpollEvent::new(watched, LISTENERS + at))?;
+            epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENERS + at))?;
         }
         let wake = common.registry.wake_of(number);
-        epoll.add(wake, EpollEvent::new(watched, MAILBOX))?;
+        epoll.add(wake, EpollEvent::new(EpollFlags::EPOLLIN, MAILBOX))?;
         let listeners = listeners.into_iter().map(|socket| Listener {
             socket,
             overflow: 0,
         });
+        let settings = common.settings.load_full();
         Ok(Self {
-            counters: Arc::clone(&common.counters[number as usize]),
+            shared,
             number,
-            limiter: Limiter::default(),
+            counters: Arc::clone(&common.counters[number as usize]),
+            span: info_span!("relay", instance = %settings.name),
+            settings,
             epoll,
             listeners: listeners.collect(),
             flows: Table::new(),
             now: 0,
             known: None,
-            inbound: Arena::new(BATCH, true),
-            queue: Vec::new(),
-            touched: Vec::new(),
-            to_target: Outbox::new(),
-            outbound: Arena::new(BATCH, false),
-            gathered: 0,
-            to_client: Outbox::new(),
+            scratch: Scratch::none(),
+            to_target: SegmentLimit::default(),
+            to_client: SegmentLimit::default(),
             unfinished: Vec::new(),
             common,
         })
     }
 
-    /// Relays until the relay ends.
+    /// Relays until the relay has drained.
     ///
     /// # Errors
     /// When a listener or the epoll instance fails for good.
-    pub(super) fn run(&mut self) -> io::Result<()> {
-        let mut events = [EpollEvent::empty(); EVENTS];
+    pub(super) async fn run(mut self, mut phase: watch::Receiver<Phase>) -> io::Result<()> {
         let mut draining_since = None;
         loop {
-            let ready = match self.epoll.wait(&mut events, self.patience(draining_since)) {
-                Ok(ready) => ready,
-                Err(Errno::EINTR) => 0,
-                Err(errno) => return Err(errno.into()),
-            };
-            self.now = self.common.started.elapsed().as_millis() as u64;
-            let again = std::mem::take(&mut self.unfinished);
-            for event in &events[..ready] {
-                match event.data() {
-                    MAILBOX => self.read_notes(),
-                    number if number >= LISTENERS => {
-                        self.read_listener((number - LISTENERS) as usize)?
-                    }
-                    number => {
-                        if let Some(id) = Id::from_u64(number) {
-                            self.read_answers(id);
-                        }
-                    }
+            let mut rounds = 0;
+            while self.round()? {
+                rounds += 1;
+                if rounds % ROUNDS == 0 {
+                    tokio::task::yield_now().await;
                 }
             }
-            for id in again {
-                self.read_answers(id);
-            }
-            self.send_answers();
-            self.expire();
-            match self.common.phase() {
-                Phase::Serving => {}
-                Phase::Draining => {
-                    let since = *draining_since.get_or_insert(self.now);
-                    if self.now - since >= DRAIN || !self.awaits_answers() {
-                        return Ok(());
-                    }
+            // a sender that is gone means that the server was dropped
+            let draining = phase.has_changed().is_err() || *phase.borrow() == Phase::Draining;
+            if draining && draining_since.is_none() {
+                draining_since = Some(self.now);
+                // what was queued has just been read; from here on it is for whoever listens next
+                for listener in &self.listeners {
+                    self.epoll.delete(&listener.socket)?;
                 }
-                Phase::Ending => return Ok(()),
+                self.end_unasked();
+                continue;
+            }
+            if let Some(since) = draining_since
+                && (self.flows.is_empty() || self.now - since >= DRAIN)
+            {
+                return Ok(());
+            }
+            let patience = self.patience(draining);
+            tokio::select! {
+                waited = self.epoll.wait() => waited?,
+                () = tokio::time::sleep(patience.unwrap_or_default()), if patience.is_some() => {}
+                _ = phase.changed(), if !draining => {}
             }
         }
     }
 
-    /// How long to wait for events: until the next flow is due.
-    fn patience(&self, draining_since: Option<u64>) -> EpollTimeout {
-        if !self.unfinished.is_empty() {
-            return EpollTimeout::ZERO;
+    /// Does what there is to do, without waiting; false when there was nothing.
+    fn round(&mut self) -> io::Result<bool> {
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let ready = self.epoll.take(&mut events)?;
+        self.now = self.common.started.elapsed().as_millis() as u64;
+        let again = std::mem::take(&mut self.unfinished);
+        let busy = ready > 0 || !again.is_empty();
+        let _named = self.span.clone().entered();
+        if busy {
+            let settings = self.common.settings.load();
+            if !Arc::ptr_eq(&settings, &self.settings) {
+                self.settings = Arc::clone(&settings);
+                self.known = None;
+            }
+            self.scratch = self.shared.datagrams.take();
+            self.scratch.prepare();
+            let outcome = self.handle(&events[..ready], again);
+            self.shared
+                .datagrams
+                .replace(std::mem::take(&mut self.scratch));
+            outcome?;
         }
+        self.expire();
+        Ok(busy)
+    }
+
+    fn handle(&mut self, events: &[EpollEvent], again: Vec<Id>) -> io::Result<()> {
+        for event in events {
+            match event.data() {
+                MAILBOX => self.read_notes(),
+                number if number >= LISTENERS => {
+                    self.read_listener((number - LISTENERS) as usize)?;
+                }
+                number => {
+                    if let Some(id) = Id::from_u64(number) {
+                        self.read_answers(id);
+                    }
+                }
+            }
+        }
+        for id in again {
+            self.read_answers(id);
+        }
+        self.send_answers();
+        Ok(())
+    }
+
+    /// How long to wait for events: until the next flow is due.
+    fn patience(&self, draining: bool) -> Option<Duration> {
         let due = self.flows.oldest_use().map(|used| {
             let due = used.saturating_add(self.idle_timeout());
             // one more, as the clock's milliseconds are cut off
-            due.saturating_sub(self.now) + 1
+            Duration::from_millis(due.saturating_sub(self.now).saturating_add(1))
         });
-        let due = match draining_since {
-            Some(_) => Some(due.unwrap_or(DRAIN_LOOK).min(DRAIN_LOOK)),
-            None => due,
-        };
-        match due {
-            // waking up early is harmless
-            Some(due) => EpollTimeout::try_from(due.min(i32::MAX as u64) as i32)
-                .unwrap_or(EpollTimeout::ZERO),
-            None => EpollTimeout::NONE,
+        match draining {
+            true => Some(due.map_or(DRAIN_LOOK, |due| due.min(DRAIN_LOOK))),
+            false => due,
         }
     }
 
     /// In milliseconds, with what the table's order may be behind.
     fn idle_timeout(&self) -> u64 {
-        let timeout = self.common.settings.idle_timeout.as_millis();
+        let timeout = self.settings.idle_timeout.as_millis();
         u64::try_from(timeout)
             .unwrap_or(u64::MAX)
             .saturating_add(GRAIN)
@@ -297,24 +297,27 @@ impl Worker {
                 && !held.answered
             {
                 self.counters.flows_unanswered.add(1);
-                self.limiter.warn(
+                self.common.limiter.warn(
                     Subject::Unanswered,
                     held.flow.route.path.proxy(),
                     Some(&held.flow.route.client),
-                    &report::unanswered(held.flow.route.target, self.common.settings.mark),
+                    &report::unanswered(held.flow.route.target, self.settings.mark),
                 );
             }
             self.finish(id, Ended::Idle);
         }
     }
 
-    /// Whether an answer may still come.
-    fn awaits_answers(&self) -> bool {
-        self.flows.ids().any(|id| {
-            self.flows
-                .get(id)
-                .is_some_and(|held| held.asked && self.now - held.flow.used() < DRAIN)
-        })
+    /// Ends the flows from which no answer is to come, so that whoever relays next can have their sockets.
+    fn end_unasked(&mut self) {
+        let idle: Vec<Id> = self
+            .flows
+            .ids()
+            .filter(|id| self.flows.get(*id).is_none_or(|held| !held.asked))
+            .collect();
+        for id in idle {
+            self.finish(id, Ended::Drained);
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use mmproxyctl::relay::counters::{Refusal, Totals};
 use mmproxyctl::relay::header::{encode_v1, encode_v2};
 use mmproxyctl::relay::settings::Settings;
 use mmproxyctl::relay::tcp::Server;
+use mmproxyctl::relay::workers::Workers;
 use mmproxyctl::socket;
 use socket2::SockRef;
 
@@ -128,6 +129,7 @@ fn destination_for(client: SocketAddr) -> SocketAddr {
 pub(crate) struct Relay {
     pub(crate) server: Server,
     pub(crate) addr: SocketAddr,
+    workers: Option<Workers>,
 }
 
 impl Relay {
@@ -143,9 +145,20 @@ impl Relay {
         host.enter(|| {
             let listeners = socket::tcp_listeners(listen, workers).expect("listen");
             let addr = listeners.sockets[0].local_addr().expect("address");
-            let server = Server::start(listeners.sockets, settings, workers).expect("start");
-            Self { server, addr }
+            let workers = Workers::start(workers).expect("worker threads");
+            let server = Server::start(&workers, listeners.sockets, settings).expect("start");
+            let workers = Some(workers);
+            Self {
+                server,
+                addr,
+                workers,
+            }
         })
+    }
+
+    /// Ends the worker threads, and with them whatever is open.
+    pub(crate) fn end(&mut self) {
+        self.workers = None;
     }
 
     pub(crate) fn totals(&self) -> Totals {

@@ -8,6 +8,7 @@ use mmproxyctl::model::ListenAddr;
 use mmproxyctl::relay::counters::{ConnectFailure, Refusal};
 use mmproxyctl::relay::settings::Settings;
 use mmproxyctl::relay::tcp::{Error, Server};
+use mmproxyctl::relay::workers::Workers;
 use mmproxyctl::socket;
 use socket2::SockRef;
 
@@ -15,7 +16,7 @@ use super::lab::{Lab, Relay, SOON, Service, assert_closed, exchange, settings};
 use crate::support::net::{Host, wait_for};
 
 /// Waits for the end of a server.
-fn ended(server: &mut Server) -> Result<(), Error> {
+fn ended(server: &Server) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
@@ -129,9 +130,8 @@ fn drain_then_end() {
     drop(finishes);
     relay.wait("one closed", |totals| totals.active == 1);
     exchange(&mut stays, b"still served");
-    relay.server.end();
+    relay.end();
     assert_closed(&mut stays, "cut");
-    ended(&mut relay.server).unwrap();
     assert_eq!(relay.totals().active, 0);
 }
 
@@ -140,9 +140,9 @@ fn drain_then_end() {
 fn an_idle_relay_drains_at_once() {
     let lab = Lab::new();
     let service = Service::echo(&lab.wks, "127.0.0.1:0");
-    let mut relay = Relay::start(&lab.wks, settings(&[service.addr]));
+    let relay = Relay::start(&lab.wks, settings(&[service.addr]));
     relay.server.drain();
-    ended(&mut relay.server).unwrap();
+    ended(&relay.server).unwrap();
 }
 
 /// A listener that breaks ends the relay with an error: better started anew than deaf.
@@ -150,18 +150,19 @@ fn an_idle_relay_drains_at_once() {
 fn a_dead_listener_is_an_error() {
     let lab = Lab::new();
     let settings = settings(&["127.0.0.1:1".parse().unwrap()]);
-    let (mut server, listener) = lab.wks.enter(|| {
+    let (_workers, server, listener) = lab.wks.enter(|| {
         let addr = ListenAddr::new("10.0.0.1:0".parse().unwrap());
         let listeners = socket::tcp_listeners(addr, NonZeroUsize::MIN).unwrap();
         let listener = listeners.sockets[0].try_clone().unwrap();
-        let server = Server::start(listeners.sockets, settings, NonZeroUsize::MIN).unwrap();
-        (server, listener)
+        let workers = Workers::start(NonZeroUsize::MIN).unwrap();
+        let server = Server::start(&workers, listeners.sockets, settings).unwrap();
+        (workers, server, listener)
     });
     // what the kernel does to a listener that is destroyed from outside (ss --kill)
     SockRef::from(&listener)
         .shutdown(std::net::Shutdown::Both)
         .unwrap();
-    let error = ended(&mut server).unwrap_err();
+    let error = ended(&server).unwrap_err();
     assert!(matches!(error, Error::Listener { .. }), "{error}");
 }
 

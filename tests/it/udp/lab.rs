@@ -12,6 +12,7 @@ use mmproxyctl::model::{ListenAddr, UdpHeader};
 use mmproxyctl::relay::header::{Transport, V2};
 use mmproxyctl::relay::udp::counters::{Dropped, Totals};
 use mmproxyctl::relay::udp::{Server, Settings};
+use mmproxyctl::relay::workers::Workers;
 use mmproxyctl::socket::udp::udp_listeners;
 
 use crate::relay::lab::{self, SOON};
@@ -32,6 +33,7 @@ pub(crate) fn settings(header: UdpHeader, targets: &[SocketAddr]) -> Settings {
 /// A running relay with its listen address.
 pub(crate) struct Relay {
     pub(crate) server: Server,
+    _workers: Workers,
     pub(crate) addr: SocketAddr,
 }
 
@@ -52,9 +54,18 @@ impl Relay {
     /// A relay on bound sockets, with as many worker threads.
     pub(crate) fn start_on(host: &Host, sockets: Vec<UdpSocket>, settings: Settings) -> Self {
         let addr = sockets[0].local_addr().expect("address");
-        let workers = NonZeroUsize::new(sockets.len()).expect("workers");
-        let server = host.enter(|| Server::start(sockets, settings, workers).expect("start"));
-        Self { server, addr }
+        let count = NonZeroUsize::new(sockets.len()).expect("workers");
+        let (server, workers) = host.enter(|| {
+            // the threads live in the network namespace of the thread that starts them
+            let workers = Workers::start(count).expect("worker threads");
+            let server = Server::start(&workers, sockets, settings).expect("start");
+            (server, workers)
+        });
+        Self {
+            server,
+            _workers: workers,
+            addr,
+        }
     }
 
     pub(crate) fn totals(&self) -> Totals {

@@ -112,8 +112,7 @@ fn a_drain_ends_when_nothing_is_awaited() {
         .build()
         .unwrap();
     for (service, quick) in [(&service, true), (&silent, false)] {
-        let mut relay =
-            Relay::start_at(&lab.wks, "10.0.0.1:0", 2, settings(Every, &[service.addr]));
+        let relay = Relay::start_at(&lab.wks, "10.0.0.1:0", 2, settings(Every, &[service.addr]));
         let proxy = Proxy::new(&lab.vps, relay.addr);
         proxy.send(&[&announce("192.0.2.7:4000"), b"hello"]);
         service.peer_of(b"hello");

@@ -7,13 +7,14 @@ use std::os::fd::AsFd;
 
 use tracing::debug;
 
-use super::{BATCH, Known, NONE, Queued, TURNS, Worker, client_of};
+use super::{Known, TURNS, Worker, client_of};
 use crate::model::UdpHeader;
 use crate::relay::batch::{Envelope, Part, Receiver, Sent};
 use crate::relay::counters::Refusal;
 use crate::relay::udp::counters::{Dropped, Ended};
 use crate::relay::udp::datagram::{self, Client, Datagram};
 use crate::relay::udp::flow::{Key, Path};
+use crate::relay::udp::scratch::{NONE, Queued};
 use crate::relay::udp::table::Id;
 
 impl Worker {
@@ -22,7 +23,12 @@ impl Worker {
             let Some(listener) = self.listeners.get(at) else {
                 return Ok(());
             };
-            let received = match self.inbound.receive(listener.socket.as_fd(), 0, BATCH) {
+            let batch = self.scratch.inbound.slots();
+            let received = match self
+                .scratch
+                .inbound
+                .receive(listener.socket.as_fd(), 0, batch)
+            {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => match error.raw_os_error() {
@@ -40,7 +46,7 @@ impl Worker {
                 self.take_in(at, slot);
             }
             self.send_queued();
-            if received < BATCH {
+            if received < batch {
                 return Ok(());
             }
         }
@@ -49,7 +55,7 @@ impl Worker {
 
     /// What the kernel put into one slot: one datagram or several of one size.
     pub(super) fn take_in(&mut self, listener: usize, slot: usize) {
-        let received = self.inbound.received(slot);
+        let received = self.scratch.inbound.received(slot);
         let (control, length) = (received.control, received.bytes.len());
         let (truncated, peer) = (received.truncated, received.peer);
         if let (Some(lost), Some(listener)) = (control.overflow, self.listeners.get_mut(listener)) {
@@ -90,7 +96,7 @@ impl Worker {
         let allowed = match self.known {
             Some(known) if known.proxy == proxy.ip() => known.allowed,
             _ => {
-                let allowed = self.common.settings.allow.allows(proxy.ip());
+                let allowed = self.settings.allow.allows(proxy.ip());
                 self.known = Some(Known {
                     proxy: proxy.ip(),
                     allowed,
@@ -108,8 +114,8 @@ impl Worker {
     /// One datagram: whose it is, and into that flow's queue.
     #[inline]
     pub(super) fn take(&mut self, path: &Path, tos: u8, slot: usize, from: usize, length: usize) {
-        let mode = self.common.settings.header;
-        let bytes = self.inbound.bytes(Part::new(slot, from, length));
+        let mode = self.settings.header;
+        let bytes = self.scratch.inbound.bytes(Part::new(slot, from, length));
         let (id, payload) = match datagram::read(mode, bytes) {
             Ok(Datagram::Headed { payload, .. })
                 if payload == length && mode != UdpHeader::First =>
@@ -199,28 +205,28 @@ impl Worker {
             return;
         };
         // at most one a byte of the arena
-        let at = self.queue.len() as u32;
-        self.queue.push(Queued {
+        let at = self.scratch.queue.len() as u32;
+        self.scratch.queue.push(Queued {
             part,
             tos,
             next: NONE,
         });
         if held.first == NONE {
             held.first = at;
-            self.touched.push(id);
+            self.scratch.touched.push(id);
         } else {
-            self.queue[held.last as usize].next = at;
+            self.scratch.queue[held.last as usize].next = at;
         }
         held.last = at;
     }
 
     /// Sends what is queued, flow by flow.
     pub(super) fn send_queued(&mut self) {
-        for at in 0..self.touched.len() {
-            self.send_queue_of(self.touched[at]);
+        for at in 0..self.scratch.touched.len() {
+            self.send_queue_of(self.scratch.touched[at]);
         }
-        self.touched.clear();
-        self.queue.clear();
+        self.scratch.touched.clear();
+        self.scratch.queue.clear();
     }
 
     pub(super) fn send_queue_of(&mut self, id: Id) {
@@ -238,23 +244,27 @@ impl Worker {
         let first = std::mem::replace(&mut held.first, NONE);
         let Some(socket) = &held.socket else { return };
         held.asked = true;
-        let only = self.queue[first as usize];
+        let only = self.scratch.queue[first as usize];
         let sent = if only.next == NONE && only.tos == 0 {
-            send_one(socket, self.inbound.bytes(only.part))
+            send_one(socket, self.scratch.inbound.bytes(only.part))
         } else {
             let to = Receiver::Connected(held.flow.route.target.family());
             let mut at = first;
             while at != NONE {
-                let queued = self.queue[at as usize];
+                let queued = self.scratch.queue[at as usize];
                 let envelope = Envelope {
                     to,
                     from: None,
                     tos: queued.tos,
                 };
-                self.to_target.push(envelope, queued.part);
+                self.scratch
+                    .to_target
+                    .push(envelope, queued.part, self.to_target);
                 at = queued.next;
             }
-            self.to_target.send(socket.as_fd(), &self.inbound)
+            self.scratch
+                .to_target
+                .send(socket.as_fd(), &self.scratch.inbound, &mut self.to_target)
         };
         self.counters.datagrams_to_target.add(sent.datagrams);
         self.counters.bytes_to_target.add(sent.bytes);
@@ -273,7 +283,7 @@ impl Worker {
             return;
         };
         let mut at = std::mem::replace(&mut held.first, NONE);
-        while let Some(queued) = self.queue.get(at as usize) {
+        while let Some(queued) = self.scratch.queue.get(at as usize) {
             self.counters.lose(why, 1);
             at = queued.next;
         }

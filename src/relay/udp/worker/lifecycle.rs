@@ -6,7 +6,7 @@ use std::sync::Arc;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use tracing::{debug, trace, warn};
 
-use super::{Held, NONE, Worker, client_of};
+use super::{Held, Worker, client_of};
 use crate::model::{PortPolicy, UdpHeader};
 use crate::relay::client;
 use crate::relay::counters::Refusal;
@@ -14,7 +14,8 @@ use crate::relay::report::{ConnectError, Subject};
 use crate::relay::udp::counters::{Dropped, Ended};
 use crate::relay::udp::datagram::Client;
 use crate::relay::udp::flow::{Flow, Key, Path, Route};
-use crate::relay::udp::registry::{Admission, Opened};
+use crate::relay::udp::registry::{Admission, Opened, Rules};
+use crate::relay::udp::scratch::NONE;
 use crate::relay::udp::table::Id;
 use crate::socket::Spoof;
 use crate::socket::udp::{Answers, SpoofedUdp, spoofed_udp};
@@ -27,7 +28,7 @@ impl Worker {
             self.refuse_client(kind, path, address);
             return None;
         }
-        let Some(target) = self.common.settings.target(address.family()) else {
+        let Some(target) = self.settings.target(address.family()) else {
             self.refuse_client(Refusal::FamilyNotServed, path, address);
             return None;
         };
@@ -41,8 +42,17 @@ impl Worker {
                 Client::Named(_) | Client::Proxy => None,
             },
         };
+        let rules = Rules {
+            flows: self.settings.max_flows,
+            per_proxy: self.settings.max_flows_per_proxy,
+            port: self.settings.port,
+        };
         loop {
-            match self.common.registry.admit(self.number, &route, self.now) {
+            match self
+                .common
+                .registry
+                .admit(self.number, &route, &rules, self.now)
+            {
                 Admission::Adopted(flow) => return Some(self.adopt(flow)),
                 Admission::Opened(opened) => return Some(self.opened(opened)),
                 Admission::Full(proxy) if self.make_room(proxy) => {}
@@ -130,7 +140,7 @@ impl Worker {
         };
         let (flow, port_taken) = (Arc::clone(&held.flow), held.port_taken);
         let route = &flow.route;
-        let settings = &self.common.settings;
+        let settings = &self.settings;
         let spoof = Spoof {
             client: route.client,
             target: route.target,
@@ -174,14 +184,14 @@ impl Worker {
             }
             Err(Ok(error)) => {
                 self.counters.open_failed(error.kind);
-                let message = error.message(route.target, &self.common.settings);
-                self.limiter.warn(
+                let message = error.message(route.target, &self.settings);
+                self.common.limiter.warn(
                     Subject::ConnectFailed(error.kind),
                     route.path.proxy(),
                     Some(&route.client),
                     &message,
                 );
-                if self.common.settings.header != UdpHeader::First {
+                if self.settings.header != UdpHeader::First {
                     self.finish(id, Ended::NoSocket);
                 }
                 false
@@ -224,13 +234,13 @@ impl Worker {
         };
         let route = held.flow.route;
         let message = format_args!("the service at {} is down: ICMP says so", route.target);
-        self.limiter.warn(
+        self.common.limiter.warn(
             Subject::Dropped(Dropped::ServiceDown),
             route.path.proxy(),
             Some(&route.client),
             &message,
         );
-        if self.common.settings.header == UdpHeader::First {
+        if self.settings.header == UdpHeader::First {
             self.counters.end(Ended::ServiceDown);
             self.close_socket(id);
         } else {

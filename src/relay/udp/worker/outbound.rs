@@ -7,16 +7,17 @@ use std::os::fd::AsFd;
 use tracing::debug;
 
 use super::{BATCH_OF_ONE, Held, TURNS, Worker};
-use crate::relay::batch::{Arena, Outbox, Part};
+use crate::relay::batch::{Part, SegmentLimit};
 use crate::relay::spp;
 use crate::relay::udp::counters::{Counters, Dropped};
+use crate::relay::udp::scratch::Scratch;
 use crate::relay::udp::table::Id;
 
 impl Worker {
     /// Gathers what a flow's socket has.
     pub(super) fn read_answers(&mut self, id: Id) {
         for _ in 0..TURNS {
-            if self.gathered == self.outbound.slots() {
+            if self.scratch.gathered == self.scratch.outbound.slots() {
                 self.send_answers();
             }
             let Some(held) = self.flows.get_mut(id) else {
@@ -27,33 +28,38 @@ impl Worker {
                 return;
             }
             let Some(socket) = &held.socket else { return };
-            let room = (self.outbound.slots() - self.gathered).min(BATCH_OF_ONE);
-            let received = match self.outbound.receive(socket.as_fd(), self.gathered, room) {
-                Ok(received) => received,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    self.service_down(id);
-                    return;
-                }
-                // what else ICMP says (too big, filtered) is about one datagram; the kernel has told us
-                // and forgotten it, and what waits behind it is read in the next turn
-                Err(error) => {
-                    debug!(client.addr = %held.flow.route.client, %error, "the network said");
-                    continue;
-                }
-            };
+            let room = (self.scratch.outbound.slots() - self.scratch.gathered).min(BATCH_OF_ONE);
+            let received =
+                match self
+                    .scratch
+                    .outbound
+                    .receive(socket.as_fd(), self.scratch.gathered, room)
+                {
+                    Ok(received) => received,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                        self.service_down(id);
+                        return;
+                    }
+                    // what else ICMP says (too big, filtered) is about one datagram; the kernel has told us
+                    // and forgotten it, and what waits behind it is read in the next turn
+                    Err(error) => {
+                        debug!(client.addr = %held.flow.route.client, %error, "the network said");
+                        continue;
+                    }
+                };
             held.asked = false;
             held.answered = true;
-            for slot in self.gathered..self.gathered + received {
+            for slot in self.scratch.gathered..self.scratch.gathered + received {
                 gather(
                     slot,
                     held,
-                    &mut self.outbound,
-                    &mut self.to_client,
+                    &mut self.scratch,
+                    self.to_client,
                     &self.counters,
                 );
             }
-            self.gathered += received;
+            self.scratch.gathered += received;
             self.touch(id);
             if received < room {
                 return;
@@ -64,14 +70,18 @@ impl Worker {
 
     /// Sends what was gathered.
     pub(super) fn send_answers(&mut self) {
-        self.gathered = 0;
-        if self.to_client.is_empty() {
+        self.scratch.gathered = 0;
+        if self.scratch.to_client.is_empty() {
             return;
         }
         let Some(listener) = self.listeners.first() else {
             return;
         };
-        let sent = self.to_client.send(listener.socket.as_fd(), &self.outbound);
+        let sent = self.scratch.to_client.send(
+            listener.socket.as_fd(),
+            &self.scratch.outbound,
+            &mut self.to_client,
+        );
         self.counters.datagrams_to_client.add(sent.datagrams);
         self.counters.bytes_to_client.add(sent.bytes);
         if sent.error.is_some() {
@@ -84,10 +94,11 @@ impl Worker {
 fn gather(
     slot: usize,
     held: &mut Held,
-    arena: &mut Arena,
-    outbox: &mut Outbox,
+    scratch: &mut Scratch,
+    limit: SegmentLimit,
     counters: &Counters,
 ) {
+    let (arena, outbox) = (&mut scratch.outbound, &mut scratch.to_client);
     let received = arena.received(slot);
     let (control, length, truncated) = (received.control, received.bytes.len(), received.truncated);
     if let Some(lost) = control.overflow {
@@ -102,14 +113,18 @@ fn gather(
     let envelope = route.path.answer(control.tos);
     if let Some(header) = &route.spp {
         arena.prefix(slot, header.bytes());
-        outbox.push(envelope, Part::with_prefix(slot, spp::LENGTH, length));
+        outbox.push(
+            envelope,
+            Part::with_prefix(slot, spp::LENGTH, length),
+            limit,
+        );
         return;
     }
     let size = control.segment.map_or(length, usize::from).max(1);
     let mut from = 0;
     loop {
         let part = (length - from).min(size);
-        outbox.push(envelope, Part::new(slot, from, part));
+        outbox.push(envelope, Part::new(slot, from, part), limit);
         from += part;
         if from >= length {
             return;

@@ -52,7 +52,8 @@ impl Worker {
     ) {
         self.counters.refuse(kind);
         let client = client.as_ref().map(|client| client as &dyn fmt::Display);
-        self.limiter
+        self.common
+            .limiter
             .warn(Subject::Refused(kind), proxy, client, message);
     }
 
@@ -65,7 +66,8 @@ impl Worker {
     ) {
         self.counters.lose(kind, 1);
         let client = client.as_ref().map(|client| client as &dyn fmt::Display);
-        self.limiter
+        self.common
+            .limiter
             .warn(Subject::Dropped(kind), path.proxy(), client, message);
     }
 
@@ -85,8 +87,12 @@ impl Worker {
             Some(route) => {
                 let message = format_args!("dropped: cannot send to {}: {error}", route.target);
                 let client = Some(&route.client as &dyn fmt::Display);
-                self.limiter
-                    .warn(Subject::Dropped(kind), route.path.proxy(), client, &message);
+                self.common.limiter.warn(
+                    Subject::Dropped(kind),
+                    route.path.proxy(),
+                    client,
+                    &message,
+                );
             }
             None => {
                 debug!(%error, datagrams = sent.failed, "answers dropped: cannot send to a proxy")

@@ -1,0 +1,405 @@
+//! The relays of a process as a whole: which there are, what a reload changes, how they are said to be.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::time::Duration;
+
+use serde::Serialize;
+use tracing::{info, warn};
+
+use super::plan::{Difference, Spec, Specs};
+use super::relay::{Relay, World};
+use crate::config::{self, Configuration, Diagnostics};
+use crate::model::{Mark, Pathway};
+use crate::pathway;
+use crate::runtime_dir::Attempt;
+use crate::supervisor::{State, Status, Supervisor};
+use crate::systemd;
+
+/// How long another run may hold the pathways' lock.
+const LOCK_LIMIT: Duration = Duration::from_secs(30);
+
+/// Which instances a process runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Selection {
+    /// Those of instances.tsv, whatever they are.
+    All,
+    /// These, as far as they are in instances.tsv.
+    Named(Vec<String>),
+}
+
+/// Why a reload changed nothing.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReloadError {
+    #[error(transparent)]
+    Configuration(#[from] Diagnostics),
+    #[error("cannot install the pathways")]
+    Pathways(#[from] pathway::Error),
+}
+
+/// What a reload changed.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Changes {
+    started: Vec<String>,
+    stopped: Vec<String>,
+    changed: Vec<String>,
+    unchanged: usize,
+    /// Why those that do not run do not, by name.
+    failing: BTreeMap<String, String>,
+    pathways_appeared: Vec<Mark>,
+    pathways_disappeared: Vec<Mark>,
+    notes: Vec<String>,
+}
+
+/// A relay on its way.
+type Starting = Pin<Box<dyn Future<Output = anyhow::Result<Relay>>>>;
+
+/// The relays of this process.
+#[derive(Debug)]
+pub(super) struct Fleet {
+    pub(super) selection: Selection,
+    pub(super) world: Rc<World>,
+    pub(super) supervisor: RefCell<Supervisor<Relay>>,
+    directory: PathBuf,
+    manage_pathways: bool,
+    specs: RefCell<Specs>,
+    /// Reloads and upgrades come one after the other.
+    pub(super) turn: tokio::sync::Mutex<()>,
+    /// Whether READY=1 was said.
+    ready: Cell<bool>,
+}
+
+impl Fleet {
+    pub(super) fn new(
+        selection: Selection,
+        world: Rc<World>,
+        directory: PathBuf,
+        manage_pathways: bool,
+    ) -> Self {
+        let specs = specs(&selection, &world.configuration.borrow());
+        world.instances.set(specs.len());
+        Self {
+            selection,
+            world,
+            supervisor: RefCell::default(),
+            directory,
+            manage_pathways,
+            specs: RefCell::new(specs),
+            turn: tokio::sync::Mutex::default(),
+            ready: Cell::new(false),
+        }
+    }
+
+    /// Starts every relay and waits until each was tried once.
+    pub(super) async fn start(&self) -> Result<(), pathway::Error> {
+        let configuration = Rc::clone(&self.world.configuration.borrow());
+        if self.manage_pathways {
+            self.install(&used(&configuration, &self.specs.borrow()))
+                .await?;
+        }
+        let names: Vec<String> = self.specs.borrow().keys().cloned().collect();
+        for name in &names {
+            self.keep(name);
+        }
+        self.tried().await;
+        // whatever is left is of instances that are not there or listen elsewhere now
+        let left = std::mem::take(&mut *self.world.offered.borrow_mut());
+        for (protocol, addr) in left.keys() {
+            warn!(%protocol, listen = %addr, "a passed listening socket is no instance's: closed");
+        }
+        Ok(())
+    }
+
+    fn keep(&self, name: &str) {
+        if let Some(start) = self.starting(name) {
+            self.supervisor.borrow_mut().keep(name, start);
+        }
+    }
+
+    /// How the relay of an instance is made, by its line as it is now.
+    fn starting(&self, name: &str) -> Option<impl Fn() -> Starting + use<>> {
+        let spec = self.specs.borrow().get(name).cloned()?;
+        let world = Rc::clone(&self.world);
+        Some(move || -> Starting { Box::pin(Relay::start(Rc::clone(&world), spec.clone())) })
+    }
+
+    async fn tried(&self) {
+        let mut changed = self.supervisor.borrow().subscribe();
+        while !self.supervisor.borrow().all_tried() {
+            // the sender is in the supervisor, which is here
+            let _ = changed.changed().await;
+        }
+    }
+
+    /// Reads the files and applies the difference; a mistake changes nothing.
+    pub(super) async fn reload(&self) -> Result<Changes, ReloadError> {
+        let _turn = self.turn.lock().await;
+        if self.ready.get() {
+            systemd::reloading();
+        }
+        let outcome = self.apply().await;
+        match &outcome {
+            Ok(changes) => info!(
+                started = changes.started.len(),
+                stopped = changes.stopped.len(),
+                changed = changes.changed.len(),
+                unchanged = changes.unchanged,
+                "reloaded"
+            ),
+            Err(ReloadError::Configuration(mistakes)) => {
+                warn!(
+                    "not reloaded, nothing was changed:\n{}",
+                    mistakes.draw(false)
+                );
+            }
+            Err(error) => warn!(%error, "not reloaded, nothing was changed"),
+        }
+        if self.ready.get() {
+            systemd::notify(&[sd_notify::NotifyState::Ready]);
+        }
+        self.report();
+        outcome
+    }
+
+    async fn apply(&self) -> Result<Changes, ReloadError> {
+        let before = Rc::clone(&self.world.configuration.borrow());
+        let after = Rc::new(config::load(&self.directory)?);
+        let wanted = specs(&self.selection, &after);
+        let present = self.specs.borrow().clone();
+        let difference = Difference::between(&present, &wanted);
+        let (old, new) = (used(&before, &present), used(&after, &wanted));
+        let marks = |of: &[Pathway]| {
+            of.iter()
+                .map(|pathway| pathway.mark)
+                .collect::<BTreeSet<_>>()
+        };
+        let mut changes = Changes {
+            pathways_appeared: marks(&new).difference(&marks(&old)).copied().collect(),
+            pathways_disappeared: marks(&old).difference(&marks(&new)).copied().collect(),
+            unchanged: difference.unchanged.len(),
+            ..Changes::default()
+        };
+        if self.manage_pathways {
+            // the last step that may fail, and the first that acts: make before break
+            self.install(&new).await?;
+        }
+        self.world.configuration.replace(after);
+        self.world.instances.set(wanted.len());
+        *self.specs.borrow_mut() = wanted;
+        self.follow(&difference, &present, &mut changes).await;
+        if self.manage_pathways {
+            let gone = |pathway: &&Pathway| changes.pathways_disappeared.contains(&pathway.mark);
+            self.remove(&old.iter().filter(gone).cloned().collect::<Vec<_>>())
+                .await;
+        }
+        Ok(changes)
+    }
+
+    async fn follow(&self, difference: &Difference, present: &Specs, changes: &mut Changes) {
+        let Difference {
+            start,
+            stop,
+            set,
+            replace,
+            ..
+        } = difference;
+        // an address that goes from one instance to another keeps its sockets
+        for name in stop.iter().chain(replace) {
+            let Some(relay) = self.supervisor.borrow().task(name) else {
+                continue;
+            };
+            match relay.server.listeners() {
+                Ok(listeners) => listeners
+                    .into_iter()
+                    .for_each(|listener| self.world.offer(listener)),
+                Err(error) => warn!(%error, instance = name, "cannot keep its listening sockets"),
+            }
+        }
+        for name in stop.iter().chain(replace) {
+            systemd::forget(name);
+            self.supervisor.borrow_mut().drain(name);
+        }
+        for name in set {
+            self.set(name, present, changes).await;
+        }
+        for name in start.iter().chain(replace) {
+            self.keep(name);
+        }
+        self.tried().await;
+        self.world.offered.borrow_mut().clear();
+        changes.started = start.clone();
+        changes.stopped = stop.clone();
+        changes.changed = set.iter().chain(replace).cloned().collect();
+        changes.failing = self.failing();
+    }
+
+    /// Has a relay treat new connections by its new line, on the sockets it has.
+    async fn set(&self, name: &str, present: &Specs, changes: &mut Changes) {
+        let Some(Spec { instance, allow }) = self.specs.borrow().get(name).cloned() else {
+            return;
+        };
+        let Some(relay) = self.supervisor.borrow().task(name) else {
+            // it waits after a failure: try the new line at once
+            self.keep(name);
+            return;
+        };
+        let listeners = instance.options.listeners;
+        if present
+            .get(name)
+            .is_some_and(|before| before.instance.options.listeners != listeners)
+        {
+            changes.notes.push(format!(
+                "{name}: listeners= takes effect when it is started anew"
+            ));
+        }
+        relay.server.set(&instance, allow);
+        if !self.world.no_check
+            && let Err(error) = self.world.in_place(instance.mark).await
+        {
+            changes.notes.push(format!("{name}: {error:#}"));
+        }
+        // what a restart after a failure begins with
+        if let Some(start) = self.starting(name) {
+            self.supervisor.borrow().restart_with(name, start);
+        }
+    }
+
+    async fn install(&self, pathways: &[Pathway]) -> Result<(), pathway::Error> {
+        if pathways.is_empty() {
+            return Ok(());
+        }
+        let report = pathway::add(pathways, &self.options()).await?;
+        info!(
+            changes = report.changes.len(),
+            pathways = pathways.len(),
+            "pathways are in place"
+        );
+        Ok(())
+    }
+
+    /// Removes pathways unless another process relays on them.
+    async fn remove(&self, pathways: &[Pathway]) {
+        let pathways: Vec<Pathway> = pathways
+            .iter()
+            .filter(|pathway| !self.used_elsewhere(pathway.mark))
+            .cloned()
+            .collect();
+        if pathways.is_empty() {
+            return;
+        }
+        match pathway::del(&pathways, &self.options()).await {
+            Ok(report) => info!(changes = report.changes.len(), "pathways are removed"),
+            Err(error) => warn!(
+                error = &error as &dyn std::error::Error,
+                "cannot remove the pathways"
+            ),
+        }
+    }
+
+    fn used_elsewhere(&self, mark: Mark) -> bool {
+        let configuration = self.world.configuration.borrow();
+        configuration.instances.iter().any(|instance| {
+            let name = instance.name.as_str();
+            let held = || {
+                self.world
+                    .runtime_dir
+                    .try_lock(&super::relay::lock_name(name))
+            };
+            instance.mark == mark
+                && self.supervisor.borrow().task(name).is_none()
+                && matches!(held(), Ok(Attempt::HeldBy(pid)) if pid != Some(std::process::id()))
+        })
+    }
+
+    fn options(&self) -> pathway::Options {
+        pathway::Options {
+            dry_run: false,
+            runtime_dir: self.world.runtime_dir.clone(),
+            lock_timeout: LOCK_LIMIT,
+        }
+    }
+
+    /// Removes what [`Fleet::start`] installed, at the process's end.
+    pub(super) async fn remove_pathways(&self) {
+        if self.manage_pathways {
+            let configuration = Rc::clone(&self.world.configuration.borrow());
+            let used = used(&configuration, &self.specs.borrow());
+            self.remove(&used).await;
+        }
+    }
+
+    /// The state of every instance.
+    pub(super) fn statuses(&self) -> Vec<(String, Status)> {
+        let supervisor = self.supervisor.borrow();
+        supervisor
+            .statuses()
+            .map(|(name, status)| (name.to_owned(), status))
+            .collect()
+    }
+
+    /// Why those that do not run do not.
+    pub(super) fn failing(&self) -> BTreeMap<String, String> {
+        let waiting = |status: &Status| matches!(status.state, State::Waiting { .. });
+        self.statuses()
+            .into_iter()
+            .filter(|(_, status)| waiting(status))
+            .map(|(name, status)| (name, status.last_failure.unwrap_or_default()))
+            .collect()
+    }
+
+    /// Tells the service manager how things are; that it is ready once every relay listens.
+    pub(super) fn report(&self) {
+        let statuses = self.statuses();
+        let all = statuses.len();
+        let running = |(_, status): &&(String, Status)| status.state == State::Running;
+        let running = statuses.iter().filter(running).count();
+        let mut line = format!("relaying {running} of {all} instances");
+        if let Some((name, reason)) = self.failing().first_key_value() {
+            let reason = reason.lines().next().unwrap_or_default();
+            line.push_str(&format!("; {name}: {}", reason.trim_end_matches(':')));
+        }
+        let status = sd_notify::NotifyState::Status(&line);
+        if running == all && !self.ready.replace(true) {
+            systemd::notify(&[sd_notify::NotifyState::Ready, status]);
+            info!(instances = all, "ready");
+        } else {
+            systemd::notify(&[status]);
+        }
+    }
+
+    /// Whether every relay listened at some time.
+    pub(super) fn is_ready(&self) -> bool {
+        self.ready.get()
+    }
+}
+
+fn specs(selection: &Selection, configuration: &Configuration) -> Specs {
+    configuration
+        .instances
+        .iter()
+        .filter(|instance| match selection {
+            Selection::All => true,
+            Selection::Named(names) => names.iter().any(|name| name == instance.name.as_str()),
+        })
+        .map(|instance| {
+            let spec = Spec {
+                instance: instance.clone(),
+                allow: configuration.allow_list(instance),
+            };
+            (instance.name.to_string(), spec)
+        })
+        .collect()
+}
+
+/// The pathways that instances use, in the order of the file.
+fn used(configuration: &Configuration, specs: &Specs) -> Vec<Pathway> {
+    let marks: BTreeSet<Mark> = specs.values().map(|spec| spec.instance.mark).collect();
+    let pathways = configuration.pathways.iter();
+    pathways
+        .filter(|pathway| marks.contains(&pathway.mark))
+        .cloned()
+        .collect()
+}

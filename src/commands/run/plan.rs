@@ -1,0 +1,109 @@
+//! What a reload has to do: the difference between two sets of instances. Pure.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::model::{AllowList, Instance};
+
+/// All that a relay is made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Spec {
+    pub(super) instance: Instance,
+    pub(super) allow: Arc<AllowList>,
+}
+
+/// Specs by instance name.
+pub(super) type Specs = BTreeMap<String, Spec>;
+
+/// What becomes of each instance, by name.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Difference {
+    /// Not there before.
+    pub(super) start: Vec<String>,
+    /// Not there any more.
+    pub(super) stop: Vec<String>,
+    /// On the same sockets, treated otherwise from now on.
+    pub(super) set: Vec<String>,
+    /// On another address: a new relay, while the old one drains.
+    pub(super) replace: Vec<String>,
+    /// As before.
+    pub(super) unchanged: Vec<String>,
+}
+
+impl Difference {
+    /// From what there is to what is wanted.
+    pub(super) fn between(present: &Specs, wanted: &Specs) -> Self {
+        let mut difference = Self::default();
+        for name in present.keys().filter(|name| !wanted.contains_key(*name)) {
+            difference.stop.push(name.clone());
+        }
+        for (name, spec) in wanted {
+            let list = match present.get(name) {
+                None => &mut difference.start,
+                Some(before) if before == spec => &mut difference.unchanged,
+                Some(before) if same_sockets(before, spec) => &mut difference.set,
+                Some(_) => &mut difference.replace,
+            };
+            list.push(name.clone());
+        }
+        difference
+    }
+}
+
+fn same_sockets(before: &Spec, after: &Spec) -> bool {
+    before.instance.listen == after.instance.listen
+        && before.instance.options.protocol == after.instance.options.protocol
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{InstanceOptions, ListenAddr, Protocol, parse_prefix};
+
+    fn spec(name: &str, port: u16) -> (String, Spec) {
+        let instance = Instance {
+            name: name.parse().unwrap(),
+            mark: "123".parse().unwrap(),
+            listen: ListenAddr::new(([127, 0, 0, 1], port).into()),
+            target4: Some("127.0.0.1:22".parse().unwrap()),
+            target6: None,
+            options: InstanceOptions::defaults(Protocol::Tcp),
+        };
+        let allow = Arc::new(AllowList::new([parse_prefix("10.0.0.1").unwrap()]).unwrap());
+        (name.to_owned(), Spec { instance, allow })
+    }
+
+    #[test]
+    fn each_kind_of_change() {
+        let present = Specs::from([
+            spec("gone", 1),
+            spec("kept", 2),
+            spec("moved", 3),
+            spec("retargeted", 4),
+            spec("believes-others", 5),
+        ]);
+        let mut wanted = Specs::from([spec("kept", 2), spec("moved", 30), spec("new", 1)]);
+        let (name, mut retargeted) = spec("retargeted", 4);
+        retargeted.instance.target4 = Some("127.0.0.1:2200".parse().unwrap());
+        wanted.insert(name, retargeted);
+        let (name, mut believing) = spec("believes-others", 5);
+        believing.allow = Arc::new(AllowList::new([parse_prefix("10.0.0.2").unwrap()]).unwrap());
+        wanted.insert(name, believing);
+        let names = |names: &[&str]| {
+            names
+                .iter()
+                .map(|&name| name.to_owned())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            Difference::between(&present, &wanted),
+            Difference {
+                start: names(&["new"]),
+                stop: names(&["gone"]),
+                set: names(&["believes-others", "retargeted"]),
+                replace: names(&["moved"]),
+                unchanged: names(&["kept"]),
+            }
+        );
+    }
+}

@@ -1,0 +1,471 @@
+//! One process with many relays: start, failure, reload, hand-over, end.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::Output;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use crate::support::net::{Host, Running, wait_for};
+
+const PATHWAYS: &str = "123\n124\n";
+const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
+
+/// A host with services on loopback that send everything back, with their port in front.
+struct Lab {
+    host: Host,
+}
+
+impl Lab {
+    fn new(services: &[u16]) -> Self {
+        let lab = Self {
+            host: Host::new("wks01"),
+        };
+        lab.host.write("etc/pathways.conf", PATHWAYS);
+        lab.allow("127.0.0.1\n");
+        for &port in services {
+            let listener = lab
+                .host
+                .enter(|| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("bind"));
+            std::thread::spawn(move || echo(&listener, port));
+        }
+        lab
+    }
+
+    fn allow(&self, text: &str) {
+        self.host.write("etc/allow.txt", text);
+    }
+
+    /// Writes `name mark listen-port target-port` lines as instances.tsv.
+    fn instances(&self, lines: &[(&str, u8, u16, u16)]) {
+        let text: String = lines
+            .iter()
+            .map(|(name, mark, listen, target)| {
+                format!("{name}\t{mark}\t127.0.0.1:{listen}\t127.0.0.1\t{target}\t-\n")
+            })
+            .collect();
+        self.host.write("etc/instances.tsv", text);
+    }
+
+    fn run(&self, words: &str) -> Running {
+        let running = self
+            .host
+            .spawn(self.host.mmproxyctl(&format!("run {words}")));
+        running.wait_log("INFO ready");
+        running
+    }
+
+    fn ctl(&self, words: &str) -> Output {
+        self.host.mmproxyctl(words).output().expect("mmproxyctl")
+    }
+
+    /// Reloads and returns what `--json` says of the one process there is.
+    fn reload(&self, process: &str) -> serde_json::Value {
+        let output = self.ctl("reload --json");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{text}{}", stderr(&output));
+        let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        json[process].clone()
+    }
+
+    fn proxied(&self, port: u16, client_port: u16) -> std::io::Result<Proxied> {
+        self.host.enter(|| Proxied::open(port, client_port))
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn echo(listener: &TcpListener, port: u16) {
+    for stream in listener.incoming() {
+        let Ok(mut stream) = stream else { return };
+        // a connection that sends nothing costs no thread's stack worth speaking of
+        let thread = std::thread::Builder::new().stack_size(32 << 10);
+        let spawned = thread.spawn(move || {
+            let mut buffer = [0; 256];
+            if stream.write_all(format!("{port}\n").as_bytes()).is_err() {
+                return;
+            }
+            while let Ok(length @ 1..) = stream.read(&mut buffer) {
+                if stream.write_all(&buffer[..length]).is_err() {
+                    return;
+                }
+            }
+        });
+        spawned.expect("thread");
+    }
+}
+
+/// A connection as the proxy makes it.
+struct Proxied {
+    stream: TcpStream,
+    /// The port of the service at its far end.
+    service: u16,
+}
+
+impl Proxied {
+    fn open(port: u16, client_port: u16) -> std::io::Result<Self> {
+        let addr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+        let mut stream = TcpStream::connect_timeout(&addr, Duration::from_secs(5))?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        write!(
+            stream,
+            "PROXY TCP4 {CLIENT} 127.0.0.1 {client_port} {port}\r\n"
+        )?;
+        let mut greeting = Vec::new();
+        while greeting.last() != Some(&b'\n') {
+            let mut byte = [0];
+            stream.read_exact(&mut byte)?;
+            greeting.push(byte[0]);
+        }
+        let service = String::from_utf8_lossy(&greeting).trim().parse();
+        let service = service.map_err(std::io::Error::other)?;
+        Ok(Self { stream, service })
+    }
+
+    fn echo(&mut self, text: &str) {
+        self.stream.write_all(text.as_bytes()).expect("write");
+        let mut back = vec![0; text.len()];
+        self.stream
+            .read_exact(&mut back)
+            .expect("the connection is alive");
+        assert_eq!(back, text.as_bytes());
+    }
+
+    fn close(self) {
+        self.stream.shutdown(Shutdown::Both).expect("close");
+    }
+}
+
+#[test]
+fn one_failing_instance_leaves_the_others_alone() {
+    let lab = Lab::new(&[9001, 9002]);
+    let taken = lab
+        .host
+        .enter(|| TcpListener::bind("127.0.0.1:2002").expect("bind"));
+    lab.instances(&[("good", 123, 2001, 9001), ("bad", 124, 2002, 9002)]);
+    let running = lab
+        .host
+        .spawn(lab.host.mmproxyctl("run --all --manage-pathways"));
+    running.wait_log("instance=\"bad\"");
+    assert!(
+        running.log().contains("127.0.0.1:2002"),
+        "{}",
+        running.log()
+    );
+    assert_eq!(lab.proxied(2001, 40001).expect("relayed").service, 9001);
+    // not every listener is bound
+    assert!(!running.log().contains("INFO ready"), "{}", running.log());
+    drop(taken);
+    running.wait_log("INFO ready");
+    assert_eq!(lab.proxied(2002, 40002).expect("relayed").service, 9002);
+}
+
+#[test]
+fn a_process_without_a_single_relay_fails() {
+    let lab = Lab::new(&[]);
+    let _taken = lab
+        .host
+        .enter(|| TcpListener::bind("127.0.0.1:2001").expect("bind"));
+    lab.instances(&[("web", 123, 2001, 9001)]);
+    let output = lab.ctl("run web --no-check");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("cannot listen on 127.0.0.1:2001"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn an_instance_runs_once_whoever_runs_it() {
+    let lab = Lab::new(&[9001, 9002]);
+    lab.instances(&[("a", 123, 2001, 9001), ("b", 123, 2002, 9002)]);
+    let mut single = lab.run("a --no-check");
+    let all = lab.host.spawn(lab.host.mmproxyctl("run --all --no-check"));
+    all.wait_log(&format!("already running, pid {}", single.pid()));
+    lab.host.wait_listening(2002);
+    let again = lab.ctl("run a --no-check");
+    assert!(again.status.success());
+    assert!(
+        String::from_utf8_lossy(&again.stdout)
+            .contains(&format!("already running, pid {}", single.pid()))
+    );
+    single.signal(Signal::SIGTERM);
+    assert!(single.wait(Duration::from_secs(5)).success());
+    // the lock is free: the process that runs all takes it over
+    all.wait_log("INFO ready");
+    lab.host.wait_listening(2001);
+}
+
+#[test]
+fn pathways_are_installed_and_removed() {
+    let lab = Lab::new(&[9001]);
+    lab.instances(&[("a", 123, 2001, 9001)]);
+    let mut running = lab.run("--all --manage-pathways");
+    assert!(
+        lab.host.ip("rule").contains("fwmark 0x7b"),
+        "{}",
+        lab.host.ip("rule")
+    );
+    assert!(
+        !lab.host.ip("rule").contains("fwmark 0x7c"),
+        "{}",
+        lab.host.ip("rule")
+    );
+    lab.instances(&[("a", 124, 2001, 9001)]);
+    let changes = lab.reload("all");
+    assert_eq!(changes["pathways_appeared"], serde_json::json!([124]));
+    assert_eq!(changes["pathways_disappeared"], serde_json::json!([123]));
+    assert!(
+        !lab.host.ip("rule").contains("fwmark 0x7b"),
+        "{}",
+        lab.host.ip("rule")
+    );
+    assert_eq!(lab.proxied(2001, 40001).expect("relayed").service, 9001);
+    running.signal(Signal::SIGTERM);
+    assert!(running.wait(Duration::from_secs(10)).success());
+    assert!(
+        !lab.host.ip("rule").contains("fwmark"),
+        "{}",
+        lab.host.ip("rule")
+    );
+    assert!(!lab.host.run("iptables-save").contains("CONNMARK"));
+}
+
+#[test]
+fn a_reload_applies_the_difference_and_drops_nothing() {
+    let lab = Lab::new(&[9001, 9002, 9003]);
+    lab.instances(&[
+        ("kept", 123, 2001, 9001),
+        ("moved", 123, 2002, 9002),
+        ("gone", 124, 2003, 9003),
+        ("retargeted", 124, 2004, 9001),
+    ]);
+    let running = lab.run("--all --manage-pathways");
+    let mut open: Vec<Proxied> = (2001..=2004)
+        .map(|port| lab.proxied(port, 38000 + port).expect("relayed"))
+        .collect();
+    lab.instances(&[
+        ("kept", 123, 2001, 9001),
+        ("moved", 123, 2022, 9002),
+        ("retargeted", 124, 2004, 9003),
+        // on the address of the one that is gone
+        ("new", 124, 2003, 9001),
+    ]);
+    let changes = lab.reload("all");
+    assert_eq!(changes["started"], serde_json::json!(["new"]));
+    assert_eq!(changes["stopped"], serde_json::json!(["gone"]));
+    assert_eq!(
+        changes["changed"],
+        serde_json::json!(["retargeted", "moved"])
+    );
+    assert_eq!(changes["unchanged"], 1);
+    assert_eq!(changes["failing"], serde_json::json!({}));
+    for connection in &mut open {
+        connection.echo("still there");
+    }
+    for (port, service) in [(2001, 9001), (2022, 9002), (2003, 9001), (2004, 9003)] {
+        let opened = lab.proxied(port, 39000 + port).expect("relayed");
+        assert_eq!(opened.service, service, "port {port}");
+    }
+    assert!(lab.proxied(2002, 41000).is_err());
+    open.into_iter().for_each(Proxied::close);
+    drop(running);
+}
+
+#[test]
+fn a_mistake_changes_nothing_and_is_shown_to_the_caller() {
+    let lab = Lab::new(&[9001]);
+    lab.instances(&[("a", 123, 2001, 9001)]);
+    let running = lab.run("a --manage-pathways");
+    lab.host.write(
+        "etc/instances.tsv",
+        "a\t123\t127.0.0.1:2001\t127.0.0.1\t9001\t-\nb\t99\t127.0.0.1:2002\t127.0.0.1\t9001\t-\n",
+    );
+    let output = lab.ctl("reload");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        stderr(&output).contains("instances.tsv:2"),
+        "{}",
+        stderr(&output)
+    );
+    // the signal has nobody to tell but the log
+    running.signal(Signal::SIGHUP);
+    running.wait_log("not reloaded, nothing was changed");
+    assert_eq!(lab.proxied(2001, 40001).expect("relayed").service, 9001);
+}
+
+#[test]
+fn the_allow_list_takes_effect_at_once() {
+    let lab = Lab::new(&[9001]);
+    lab.instances(&[("a", 123, 2001, 9001)]);
+    let running = lab.run("a --manage-pathways --watch-config");
+    let mut open = lab.proxied(2001, 40001).expect("relayed");
+    lab.allow("10.0.0.1\n");
+    lab.reload("a");
+    assert!(lab.proxied(2001, 40002).is_err());
+    open.echo("let in before");
+    // and by itself, since it watches the files
+    lab.allow("127.0.0.0/8\n");
+    wait_for("the allow list by itself", || {
+        lab.proxied(2001, 40003).is_ok()
+    });
+    drop(running);
+}
+
+/// Connects without a pause until told to stop; each one must reach the service.
+struct Traffic {
+    stop: Arc<AtomicBool>,
+    served: Arc<AtomicU64>,
+    thread: Option<std::thread::JoinHandle<Result<(), String>>>,
+}
+
+impl Traffic {
+    fn start(lab: &Lab, port: u16) -> Self {
+        let (stop, served) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
+        let (stopped, counted, host) = (Arc::clone(&stop), Arc::clone(&served), lab.host.clone());
+        let thread = std::thread::spawn(move || {
+            host.enter(|| {
+                let mut client_port = 10000;
+                while !stopped.load(Ordering::Relaxed) {
+                    client_port = 10000 + (client_port + 1) % 20000;
+                    let mut opened = Proxied::open(port, client_port)
+                        .map_err(|error| format!("connection {client_port}: {error}"))?;
+                    opened.echo("x");
+                    counted.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(())
+            })
+        });
+        Self {
+            stop,
+            served,
+            thread: Some(thread),
+        }
+    }
+
+    /// Waits until some more were served.
+    fn flows(&self) {
+        let before = self.served.load(Ordering::Relaxed);
+        wait_for("traffic", || {
+            let failed = self
+                .thread
+                .as_ref()
+                .is_some_and(|thread| thread.is_finished());
+            failed || self.served.load(Ordering::Relaxed) > before + 20
+        });
+    }
+
+    fn finish(mut self) {
+        self.flows();
+        self.stop.store(true, Ordering::Relaxed);
+        let thread = self.thread.take().expect("runs");
+        thread
+            .join()
+            .expect("traffic")
+            .expect("every connection is served");
+    }
+}
+
+#[test]
+fn an_upgrade_under_traffic_refuses_and_drops_nothing() {
+    let lab = Lab::new(&[9001]);
+    lab.instances(&[("a", 123, 2001, 9001)]);
+    let mut first = lab.run("--all --manage-pathways");
+    let mut open = lab.proxied(2001, 9).expect("relayed");
+    let traffic = Traffic::start(&lab, 2001);
+    traffic.flows();
+    let mut pid = u64::try_from(first.pid().as_raw()).expect("pid");
+    for _ in 0..2 {
+        let output = lab.ctl("upgrade --json");
+        assert!(output.status.success(), "{}", stderr(&output));
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(json["all"]["from"], pid);
+        pid = json["all"]["to"].as_u64().expect("pid");
+        traffic.flows();
+        // the successor answers and the old one keeps its connection
+        assert_eq!(lab.reload("all")["unchanged"], 1);
+        open.echo("still there");
+    }
+    traffic.finish();
+    open.echo("and still");
+    let again = lab.ctl("run a --no-check");
+    assert!(String::from_utf8_lossy(&again.stdout).contains(&format!("pid {pid}")));
+    open.close();
+    assert!(first.wait(Duration::from_secs(5)).success());
+    // its pathways are the successor's to remove
+    assert!(lab.host.ip("rule").contains("fwmark 0x7b"));
+    let last = nix::unistd::Pid::from_raw(i32::try_from(pid).expect("pid"));
+    nix::sys::signal::kill(last, Signal::SIGTERM).expect("end the successor");
+    wait_for("the end of the successor", || {
+        nix::sys::signal::kill(last, None).is_err()
+    });
+    assert!(!lab.host.ip("rule").contains("fwmark"));
+}
+
+#[test]
+fn an_upgrade_that_fails_changes_nothing() {
+    let lab = Lab::new(&[9001]);
+    lab.instances(&[("a", 123, 2001, 9001)]);
+    let running = lab.run("--all --manage-pathways");
+    lab.host.write("etc/instances.tsv", "a 123 nonsense\n");
+    let output = lab.ctl("upgrade");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("instances.tsv:1"),
+        "{}",
+        stderr(&output)
+    );
+    assert_eq!(lab.proxied(2001, 40001).expect("relayed").service, 9001);
+    lab.instances(&[("a", 123, 2001, 9001)]);
+    assert_eq!(lab.reload("all")["unchanged"], 1);
+    drop(running);
+}
+
+#[test]
+fn a_thousand_instances_start_and_reload_fast() {
+    let lab = Lab::new(&[9001]);
+    let lines = |changed: u16| -> Vec<(String, u16)> {
+        (0..1000)
+            .map(|n| (format!("i{n}"), if n == changed { 9002 } else { 9001 }))
+            .collect()
+    };
+    let write = |changed| {
+        let lines = lines(changed);
+        let lines: Vec<_> = (10000..)
+            .zip(&lines)
+            .map(|(port, (name, target))| (name.as_str(), 123, port, *target))
+            .collect();
+        lab.instances(&lines);
+    };
+    write(u16::MAX);
+    assert!(lab.ctl("pathway add-all").status.success());
+    let begin = Instant::now();
+    let running = lab.run("--all");
+    let started = begin.elapsed();
+    let status =
+        std::fs::read_to_string(format!("/proc/{}/status", running.pid())).expect("status");
+    let resident = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS"))
+        .expect("VmRSS");
+    write(500);
+    let begin = Instant::now();
+    let changes = lab.reload("all");
+    let reloaded = begin.elapsed();
+    assert_eq!(changes["changed"], serde_json::json!(["i500"]));
+    assert_eq!(changes["unchanged"], 999);
+    assert_eq!(lab.proxied(10999, 40001).expect("relayed").service, 9001);
+    println!("1000 instances: started in {started:?}, {resident}, reloaded in {reloaded:?}");
+    // generous: other tests run beside this one
+    assert!(started < Duration::from_secs(6), "{started:?}");
+    assert!(reloaded < Duration::from_secs(2), "{reloaded:?}");
+}
