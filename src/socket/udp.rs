@@ -183,7 +183,8 @@ pub enum Answers {
 /// Opens a socket connected to the target that sends from the client's address and carries the mark.
 ///
 /// Without `SO_REUSEADDR`: with it a second socket of the same two ends would silently take over what is
-/// sent to the first. So a taken port is given up, and the address kept. Whether the client's address is
+/// sent to the first. So a taken port is given up, and the address kept; taken is also what the same client
+/// has towards another target, as the kernel compares bound ends only. Whether the client's address is
 /// local to this host is asked as for TCP.
 ///
 /// Path MTU: as the system has it (`net.ipv4.ip_no_pmtu_disc`), by default datagrams carry DF while they fit

@@ -5,6 +5,7 @@
     reason = "the message headers of recvmmsg are raw pointers"
 )]
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::io;
 use std::mem;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -45,6 +46,59 @@ impl<T> Drop for Fixed<T> {
     fn drop(&mut self) {
         // SAFETY: the pointer came from a leaked box and is dropped once
         drop(unsafe { Box::from_raw(self.0.as_ptr()) });
+    }
+}
+
+/// Zeroed memory that takes up only what is written to, straight from the kernel: an allocator, or huge pages,
+/// would make all of every slot resident for the few bytes at each one's beginning.
+struct Pages {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+impl Pages {
+    /// As much as asked for, or an abort as of any allocation that fails.
+    fn new(length: usize) -> Self {
+        if length == 0 {
+            return Self {
+                start: NonNull::dangling(),
+                length,
+            };
+        }
+        // SAFETY: a new private mapping at an address of the kernel's choice touches no memory there is
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        let start = match NonNull::new(start.cast::<u8>()) {
+            Some(start) if start.as_ptr().cast() != libc::MAP_FAILED => start,
+            _ => handle_alloc_error(Layout::array::<u8>(length).unwrap_or(Layout::new::<u8>())),
+        };
+        // SAFETY: the range is the mapping just made. A kernel without huge pages refuses, which is as good.
+        unsafe { libc::madvise(start.as_ptr().cast(), length, libc::MADV_NOHUGEPAGE) };
+        Self { start, length }
+    }
+
+    /// A pointer to a byte.
+    fn at(&self, index: usize) -> *mut u8 {
+        assert!(index < self.length);
+        // SAFETY: the index is inside the mapping, which lives as long as `self`
+        unsafe { self.start.as_ptr().add(index) }
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        if self.length > 0 {
+            // SAFETY: the mapping was made by `new`, is unmapped once, and nobody has pointers into it
+            unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
+        }
     }
 }
 
@@ -114,7 +168,7 @@ impl Part {
 /// Slots to receive into.
 pub(in crate::relay) struct Arena {
     slots: usize,
-    memory: Fixed<u8>,
+    memory: Pages,
     names: Fixed<libc::sockaddr_storage>,
     controls: Fixed<ControlSpace>,
     headers: Fixed<libc::mmsghdr>,
@@ -135,7 +189,7 @@ impl Arena {
         let (name, header, iovec) = unsafe { (mem::zeroed(), mem::zeroed(), mem::zeroed()) };
         let arena = Self {
             slots,
-            memory: Fixed::new(0, slots * STRIDE),
+            memory: Pages::new(slots * STRIDE),
             names: Fixed::new(name, slots),
             controls: Fixed::new([0; 16], slots),
             headers: Fixed::new(header, slots),

@@ -52,7 +52,9 @@ impl Chain {
         let added = added.expect("mmproxyctl");
         assert!(added.status.success(), "{added:?}");
         let relays = ["vps01-dns", "vps01-dns-tcp"].map(|name| {
-            let relay = lab.wks01.spawn(lab.wks01.mmproxyctl(&format!("run {name}")));
+            let relay = lab
+                .wks01
+                .spawn(lab.wks01.mmproxyctl(&format!("run {name}")));
             relay.wait_log("relaying");
             relay
         });
@@ -158,7 +160,12 @@ fn ten_thousand_queries_without_a_loss() {
     let said = chain.stopped();
     let line = said.lines().find(|line| line.contains("datagrams.in="));
     let line = line.unwrap_or_else(|| panic!("no count of datagrams: {said}"));
-    for zero in ["dropped=0", "overflow.in=0", "overflow.out=0", "unanswered=0"] {
+    for zero in [
+        "dropped=0",
+        "overflow.in=0",
+        "overflow.out=0",
+        "unanswered=0",
+    ] {
         assert!(line.contains(zero), "{zero}: {line}");
     }
 }
