@@ -18,7 +18,8 @@ if [ "${1-}" != --inside ]; then
         sysctl:procps unshare:util-linux
     need_cargo
     say "Building mmproxyctl"
-    (cd "$root" && cargo build --release --locked --quiet)
+    # where --inside looks for it, whatever CARGO_TARGET_DIR says
+    (cd "$root" && cargo build --release --locked --quiet --target-dir target)
     as_root unshare --net --mount --propagation private --pid --fork --kill-child --mount-proc \
         bash "$root/examples/quickstart.sh" --inside </dev/null
     exit

@@ -7,7 +7,11 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use crate::model::{ValueError, parse_duration};
+use ipnet::IpNet;
+
+use crate::metrics::Endpoint;
+use crate::model::{ValueError, parse_duration, parse_prefix};
+use crate::overview::Sort;
 
 /// Lets services behind a PROXY-protocol sender see their real clients: kernel pathways and relays.
 #[derive(Debug, Parser)]
@@ -50,12 +54,14 @@ pub struct Global {
 /// The form of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// Text, in colour on a terminal
+    /// Text, in colour on a terminal; to the journal where systemd connected stderr with it
     Auto,
     /// Text without colour
     Text,
     /// One JSON object a line
     Json,
+    /// To the journal, with fields to search by: journalctl CLIENT=203.0.113.7
+    Journald,
 }
 
 /// The verbs.
@@ -70,6 +76,14 @@ pub enum Command {
     Reload(ReloadArgs),
     /// Have running processes start this program anew and hand over to it; no connection is lost
     Upgrade(UpgradeArgs),
+    /// Show what runs: every instance, its pathway, connections, rates and errors
+    Status(StatusArgs),
+    /// List open connections, or end some
+    Conns(ConnsCommand),
+    /// Watch instances and connections live
+    Top(TopArgs),
+    /// Tell which way a client's connection came: for an address in a service's log
+    Explain(ExplainArgs),
     /// Validate the three files and show what they say
     Check(CheckArgs),
     /// Be the proxy: send a PROXY header for a given client, then pass stdin and stdout
@@ -161,6 +175,9 @@ pub struct RunArgs {
     /// Start although the pathway may not be in place
     #[arg(long)]
     pub no_check: bool,
+    /// Serve metrics for Prometheus at this address and port, or Unix socket, under /metrics
+    #[arg(long, value_name = "ADDR:PORT|PATH")]
+    pub metrics: Option<Endpoint>,
     /// Worker threads [default: one per core]
     #[arg(long, value_name = "N")]
     pub workers: Option<NonZeroUsize>,
@@ -195,6 +212,152 @@ fn drain_timeout(text: &str) -> Result<Duration, ValueError> {
     match text {
         "0" | "0s" => Ok(Duration::ZERO),
         text => parse_duration(text),
+    }
+}
+
+/// `status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Instances to show in full; none means a table of all
+    #[arg(value_name = "INSTANCE")]
+    pub instances: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Show it again every so often, every 2 s unless said
+    #[arg(
+        long,
+        value_name = "DURATION",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "2s",
+        value_parser = parse_duration,
+    )]
+    pub watch: Option<Duration>,
+}
+
+/// `conns` and `conns kill`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct ConnsCommand {
+    /// What to do instead of listing.
+    #[command(subcommand)]
+    pub action: Option<ConnsAction>,
+    /// What to list.
+    #[command(flatten)]
+    pub list: ConnsListArgs,
+}
+
+/// `conns …`.
+#[derive(Debug, Subcommand)]
+pub enum ConnsAction {
+    /// End connections: both sides get a reset
+    Kill(ConnsKillArgs),
+}
+
+/// `conns`.
+#[derive(Debug, Args)]
+pub struct ConnsListArgs {
+    /// Which connections.
+    #[command(flatten)]
+    pub which: WhichConnsArgs,
+    /// In which order
+    #[arg(long, value_name = "KEY", default_value = "age")]
+    pub sort: Sort,
+    /// Show at most so many
+    #[arg(long, value_name = "NUMBER")]
+    pub limit: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `conns kill`.
+#[derive(Debug, Args)]
+pub struct ConnsKillArgs {
+    /// Which connections.
+    #[command(flatten)]
+    pub which: WhichConnsArgs,
+    /// The one with this id (conns --json)
+    #[arg(long, value_name = "ID")]
+    pub id: Option<u64>,
+    /// Every connection that nothing else restricts; without this, something has to
+    #[arg(long)]
+    pub all: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which connections are meant.
+#[derive(Debug, Clone, Args)]
+pub struct WhichConnsArgs {
+    /// Those of these instances
+    #[arg(value_name = "INSTANCE")]
+    pub instances: Vec<String>,
+    /// Those of this client: an address, a prefix, or an address with its port
+    #[arg(long, value_name = "CLIENT")]
+    pub client: Option<ClientMatch>,
+    /// Those that came through this proxy: an address or a prefix
+    #[arg(long, value_name = "PROXY", value_parser = parse_prefix)]
+    pub proxy: Option<IpNet>,
+    /// Those on which nothing has moved for so long
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub idle: Option<Duration>,
+}
+
+/// `top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// Instances to watch; none means all
+    #[arg(value_name = "INSTANCE")]
+    pub instances: Vec<String>,
+    /// The time between two looks
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = parse_duration)]
+    pub interval: Duration,
+}
+
+/// `explain`.
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// The client as the service saw it: an address, or an address with its port
+    #[arg(value_name = "CLIENT[:PORT]")]
+    pub client: ClientMatch,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Clients by prefix, or one by address and port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientMatch {
+    /// The address is in here.
+    pub prefix: IpNet,
+    /// The port, if one was named.
+    pub port: Option<u16>,
+}
+
+impl std::str::FromStr for ClientMatch {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        if let Ok(addr) = text.parse::<SocketAddr>() {
+            return Ok(Self {
+                prefix: addr.ip().to_canonical().into(),
+                port: Some(addr.port()),
+            });
+        }
+        let bare = text
+            .strip_prefix('[')
+            .and_then(|text| text.strip_suffix(']'))
+            .unwrap_or(text);
+        let prefix = parse_prefix(bare).map_err(|_| {
+            ValueError::new(
+                format!("'{text}' names no client"),
+                "203.0.113.7, 203.0.113.0/24, 203.0.113.7:40000 or [2001:db8::7]:40000",
+            )
+        })?;
+        Ok(Self { prefix, port: None })
     }
 }
 

@@ -2,16 +2,22 @@
 //!
 //! Exit codes: 0 done, 1 it failed or a check found something, 2 usage or configuration.
 
+mod ask;
 mod check;
+mod conns;
 mod demo;
+mod explain;
 mod output;
 mod pathway;
 mod probe;
 mod reload;
 mod run;
+mod status;
+mod top;
+mod units;
 mod upgrade;
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
@@ -57,21 +63,36 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Run(args) => run::run(&global, args),
         Command::Reload(args) => reload::run(&global, &args),
         Command::Upgrade(args) => upgrade::run(&global, &args),
+        Command::Status(args) => status::run(&global, &args),
+        Command::Conns(args) => conns::run(&global, args),
+        Command::Top(args) => top::run(&global, &args),
+        Command::Explain(args) => explain::run(&global, &args),
         Command::Check(args) => check::run(&global, &args),
         Command::Probe(args) => probe::run(&global, args),
         Command::Demo(args) => demo::run(&global, args),
         Command::Completions(args) => {
-            clap_complete::generate(
-                args.shell,
-                &mut Cli::command(),
-                "mmproxyctl",
-                &mut io::stdout(),
-            );
+            // into memory first: the generator panics where stdout is closed or full
+            let mut script = Vec::new();
+            clap_complete::generate(args.shell, &mut Cli::command(), "mmproxyctl", &mut script);
+            io::stdout().write_all(&script)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Man => {
-            clap_mangen::Man::new(Cli::command()).render(&mut io::stdout())?;
+            let mut command = Cli::command();
+            command.build();
+            man(command, &mut io::stdout())?;
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// The page of a command and, behind it, those of its subcommands, to which it refers by name.
+fn man(command: clap::Command, out: &mut impl Write) -> io::Result<()> {
+    let children: Vec<_> = command.get_subcommands().cloned().collect();
+    clap_mangen::Man::new(command).render(out)?;
+    let shown = |child: &clap::Command| !child.is_hide_set() && child.get_name() != "help";
+    children
+        .into_iter()
+        .filter(shown)
+        .try_for_each(|child| man(child, out))
 }

@@ -13,6 +13,8 @@
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
 //! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
 //! | [`control`] | the Unix socket of a running process: framing, limits, who may ask | what a request leads to |
+//! | [`overview`] | what a process says about its instances and connections | how it is shown |
+//! | [`metrics`] | the same for Prometheus, over HTTP | |
 //! | [`logging`] | which log lines are written, and in which form | who writes them |
 //! | [`supervisor`] | named tasks: start, start again with back-off, drain | what a task is |
 //! | [`systemd`] | readiness, stored and passed sockets, watchdog | what they are for |
@@ -35,7 +37,9 @@ pub mod config;
 pub mod control;
 pub mod demo;
 pub mod logging;
+pub mod metrics;
 pub mod model;
+pub mod overview;
 pub mod pathway;
 pub mod relay;
 pub mod runtime_dir;

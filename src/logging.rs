@@ -4,6 +4,8 @@
 //! has to mend (0), the errors of single connections (1, `-v`, debug), every change of their state
 //! (2, `-vv`, trace). `-q` leaves warnings and errors.
 
+mod journal;
+
 use std::io::{self, IsTerminal};
 
 use tracing::level_filters::LevelFilter;
@@ -13,6 +15,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
 
 use crate::cli::{Global, LogFormat};
+use journal::Journal;
 
 /// Installs the process's logger. Once; a second call changes nothing.
 pub fn init(global: &Global) {
@@ -30,10 +33,18 @@ pub fn init(global: &Global) {
             .flatten_event(true)
             .with_span_list(false)
             .boxed(),
-        // the journal has the time already
-        LogFormat::Auto if !on_terminal && std::env::var_os("JOURNAL_STREAM").is_some() => {
-            lines.without_time().with_ansi(false).boxed()
-        }
+        LogFormat::Journald => match Journal::connect() {
+            Ok(journal) => journal.boxed(),
+            Err(error) => {
+                eprintln!("cannot connect to the journal: {error}: logs are text on stderr");
+                lines.with_ansi(false).boxed()
+            }
+        },
+        LogFormat::Auto if journal::has_stderr() => match Journal::connect() {
+            Ok(journal) => journal.boxed(),
+            // a service that may not reach the socket still has its stderr there, which adds the time
+            Err(_) => lines.without_time().with_ansi(false).boxed(),
+        },
         LogFormat::Auto => lines.with_ansi(on_terminal && !no_color).boxed(),
         LogFormat::Text => lines.with_ansi(false).boxed(),
     };

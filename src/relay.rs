@@ -3,7 +3,8 @@
 //! A few worker threads ([`workers::Workers`]), each with a single-threaded runtime, host every relay of
 //! the process; a relay has its own `SO_REUSEPORT` listener on each, and a connection lives and dies on one
 //! thread. The caller binds the sockets and says when to
-//! stop ([`tcp::Server`]); [`settings::Settings`] is all a relay is told, [`counters`] all it tells.
+//! stop ([`tcp::Server`]); [`settings::Settings`] is all a relay is told; [`counters`]
+//! are what it tells unasked, [`view`] what it can be asked.
 //!
 //! One connection: `worker` (accept, limits) → `setup` (allowed proxy? [`header`], `client`, spoofed
 //! connect) → `copy` and `splice` (both ways, half-close, resets).
@@ -13,12 +14,17 @@ mod client;
 mod copy;
 pub mod counters;
 pub mod header;
-mod report;
+pub mod histogram;
+mod registry;
+pub mod report;
+pub mod server;
 pub mod settings;
 mod setup;
 mod splice;
 pub mod spp;
+mod spread;
 pub mod tcp;
 pub mod udp;
+pub mod view;
 mod worker;
 pub mod workers;

@@ -6,7 +6,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -165,6 +165,7 @@ impl RuntimeDir {
             .custom_flags(libc::O_NOFOLLOW)
             .open(&path)
             .map_err(io_error("open", &path))?;
+        self.share(&file);
         match file.try_lock() {
             Ok(()) => {
                 let mut lock = Lock { file };
@@ -178,6 +179,18 @@ impl RuntimeDir {
                 Ok(Attempt::HeldBy(text.trim().parse().ok()))
             }
             Err(TryLockError::Error(source)) => Err(io_error("lock", &path)(source)),
+        }
+    }
+
+    /// Gives a file that root has made to the directory's owner: an instance that was run by hand
+    /// once must be able to start under the relays' user later.
+    fn share(&self, file: &File) {
+        if let (Ok(directory), Ok(made)) = (fs::metadata(&self.0), file.metadata())
+            && (made.uid(), made.nlink()) == (0, 1)
+            && directory.uid() != 0
+        {
+            // without CAP_CHOWN (the pathways' unit) it stays root's, and only root locks it there
+            let _ = fchown(file, Some(directory.uid()), Some(directory.gid()));
         }
     }
 
@@ -227,6 +240,18 @@ mod tests {
         std::os::unix::fs::symlink(&victim, runtime.file("pathways", "lock").unwrap()).unwrap();
         assert!(runtime.try_lock("pathways").is_err());
         assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+    }
+
+    #[test]
+    fn what_root_locks_in_the_relays_directory_is_theirs() {
+        const RELAYS: u32 = 65534;
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDir::resolve(Some(dir.path().to_owned()));
+        std::os::unix::fs::chown(dir.path(), Some(RELAYS), Some(RELAYS))
+            .expect("this test gives a directory away: run it as root");
+        let _lock = runtime.try_lock("vps01-ssh").unwrap();
+        let made = fs::metadata(runtime.file("vps01-ssh", "lock").unwrap()).unwrap();
+        assert_eq!((made.uid(), made.gid()), (RELAYS, RELAYS));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! Owns: which options a socket gets, in which order, and what the kernel's answers to them mean.
 //! Must not know: connections as a whole, counters, log lines.
 
+mod ephemeral;
+
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::num::NonZeroUsize;
@@ -15,6 +17,7 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::model::{ClientAddr, Family, ListenAddr, Mark, PortPolicy, TargetAddr};
 
+pub mod listening;
 pub mod udp;
 
 /// What is asked of the kernel for connections: the system's own limit (`net.core.somaxconn`) cuts it.
@@ -77,19 +80,34 @@ pub struct Listeners {
 /// # Errors
 /// When the address is in use, also by another program that set `SO_REUSEPORT`, or cannot be bound.
 pub fn tcp_listeners(addr: ListenAddr, count: NonZeroUsize) -> Result<Listeners, ListenError> {
-    let fail = |failure| ListenError { addr, failure };
-    // without SO_REUSEPORT the kernel tells whether somebody is there already: with it, a second
-    // program of the same user would silently get half of the connections
-    let probe = listening_socket(addr.get(), Sharing::Exclusive).map_err(fail)?;
-    let (bound, address_missing) = (probe.addr, probe.address_missing);
-    drop(probe);
+    listeners(addr.get(), count).map_err(|failure| ListenError { addr, failure })
+}
+
+fn listeners(addr: SocketAddr, count: NonZeroUsize) -> Result<Listeners, Failure> {
+    // Without SO_REUSEPORT bind() tells whether somebody listens there already; with it, a second
+    // program of the same user would silently get half of the connections. The probe never listens:
+    // it is in nobody's way, not even while a child that is just being forked still holds it open.
+    let probe = bound(addr, Sharing::Exclusive)?;
+    let addr = probe
+        .socket
+        .local_addr()
+        .map_err(Failure::at("read the bound address"))?
+        .as_socket()
+        .unwrap_or(addr);
     let sockets = (0..count.get())
-        .map(|_| listening_socket(bound, Sharing::ReusePort).map(|socket| socket.listener))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(fail)?;
+        .map(|_| {
+            let socket = bound(addr, Sharing::ReusePort)?.socket;
+            socket
+                .set_tcp_nodelay(true)
+                .map_err(Failure::at("set TCP_NODELAY"))?;
+            set_keepalive(&socket)?;
+            socket.listen(BACKLOG).map_err(Failure::at("listen"))?;
+            Ok(TcpListener::from(socket))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
     Ok(Listeners {
         sockets,
-        address_missing,
+        address_missing: probe.address_missing,
     })
 }
 
@@ -99,13 +117,12 @@ enum Sharing {
     ReusePort,
 }
 
-struct Listening {
-    listener: TcpListener,
-    addr: SocketAddr,
+struct Bound {
+    socket: Socket,
     address_missing: bool,
 }
 
-fn listening_socket(addr: SocketAddr, sharing: Sharing) -> Result<Listening, Failure> {
+fn bound(addr: SocketAddr, sharing: Sharing) -> Result<Bound, Failure> {
     let socket = Socket::new(
         Domain::for_address(addr),
         Type::STREAM.nonblocking(),
@@ -140,18 +157,8 @@ fn listening_socket(addr: SocketAddr, sharing: Sharing) -> Result<Listening, Fai
         }
         Err(error) => return Err(Failure::at("bind")(error)),
     };
-    socket
-        .set_tcp_nodelay(true)
-        .map_err(Failure::at("set TCP_NODELAY"))?;
-    set_keepalive(&socket)?;
-    socket.listen(BACKLOG).map_err(Failure::at("listen"))?;
-    let listener = TcpListener::from(socket);
-    let addr = listener
-        .local_addr()
-        .map_err(Failure::at("read the bound address"))?;
-    Ok(Listening {
-        listener,
-        addr,
+    Ok(Bound {
+        socket,
         address_missing,
     })
 }
@@ -233,6 +240,8 @@ pub struct Spoof {
 pub struct Spoofed {
     /// The socket, non-blocking, connecting or connected already (on loopback usually connected).
     pub socket: TcpStream,
+    /// The port that the socket has.
+    pub port: u16,
     /// The client's port was taken (or is privileged and not permitted): the kernel chose another.
     pub port_given_up: bool,
 }
@@ -266,29 +275,21 @@ pub enum SpoofError {
 /// When the socket cannot be made, or its source address would not be the client's. A target that
 /// does not answer or refuses is seen later, on the socket.
 pub fn spoofed_tcp(spoof: &Spoof) -> Result<Spoofed, SpoofError> {
-    let port = match spoof.port {
+    let wanted = match spoof.port {
         PortPolicy::Keep => spoof.client.port(),
         PortPolicy::Any => 0,
     };
-    let (socket, port_given_up) = match begin(spoof, port) {
-        // bind: EADDRINUSE beside a listener on that port, EACCES below 1024 without
-        // CAP_NET_BIND_SERVICE; connect: EADDRNOTAVAIL where the very same tuple is alive
-        Err(SpoofError::Failed(failure))
-            if port != 0
-                && matches!(
-                    failure.errno(),
-                    Some(Errno::EADDRINUSE | Errno::EADDRNOTAVAIL | Errno::EACCES)
-                ) =>
-        {
-            (begin(spoof, 0)?, true)
+    let mut way = SourcePort::best(wanted);
+    let socket = loop {
+        match (begin(spoof, way), way.otherwise()) {
+            (Err(SpoofError::Failed(failure)), Some(next)) if way.is_barred(&failure) => way = next,
+            (outcome, _) => break outcome?,
         }
-        outcome => (outcome?, false),
     };
-    let got = socket
+    let local = socket
         .local_addr()
-        .map_err(|error| SpoofError::Failed(Failure::at("read the source address")(error)))?
-        .ip()
-        .to_canonical();
+        .map_err(|error| SpoofError::Failed(Failure::at("read the source address")(error)))?;
+    let got = local.ip().to_canonical();
     // bind() to 0.0.0.0, multicast and broadcast succeeds, and connect() then takes an address of
     // the host: whoever gets past the checks must still not become somebody else
     if got != spoof.client.ip() {
@@ -300,11 +301,55 @@ pub fn spoofed_tcp(spoof: &Spoof) -> Result<Spoofed, SpoofError> {
     }
     Ok(Spoofed {
         socket,
-        port_given_up,
+        port: local.port(),
+        port_given_up: wanted != 0 && local.port() != wanted,
     })
 }
 
-fn begin(spoof: &Spoof, port: u16) -> Result<TcpStream, SpoofError> {
+/// How a spoofed connection comes by its source port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SourcePort {
+    /// `connect()` may choose this one only, which leaves it to the host's own connections, too.
+    Shared(u16),
+    /// Bound: a tuple in TIME_WAIT can be used again at once.
+    Bound(u16),
+    /// As `connect()` chooses.
+    Any,
+}
+
+impl SourcePort {
+    fn best(wanted: u16) -> Self {
+        match wanted {
+            0 => Self::Any,
+            port if ephemeral::contains(port) => Self::Shared(port),
+            port => Self::Bound(port),
+        }
+    }
+
+    fn otherwise(self) -> Option<Self> {
+        match self {
+            Self::Shared(port) => Some(Self::Bound(port)),
+            Self::Bound(_) => Some(Self::Any),
+            Self::Any => None,
+        }
+    }
+
+    /// Whether a failure is about the port, or about this way to it.
+    ///
+    /// Shared, connect: EADDRNOTAVAIL beside anybody bound to that port, where the tuple is alive, and
+    /// for the first second of its TIME_WAIT; ENOPROTOOPT on an old kernel. Bound, bind: EADDRINUSE
+    /// beside a listener on that port, EACCES below 1024 without CAP_NET_BIND_SERVICE; connect:
+    /// EADDRNOTAVAIL where the tuple is alive.
+    fn is_barred(self, failure: &Failure) -> bool {
+        match failure.errno() {
+            Some(Errno::EADDRINUSE | Errno::EADDRNOTAVAIL | Errno::EACCES) => true,
+            Some(Errno::ENOPROTOOPT) => matches!(self, Self::Shared(_)),
+            _ => false,
+        }
+    }
+}
+
+fn begin(spoof: &Spoof, port: SourcePort) -> Result<TcpStream, SpoofError> {
     begin_unchecked(spoof, port).map_err(|error| match error {
         Begin::Failed(failure) => SpoofError::Failed(failure),
         Begin::Broadcast => SpoofError::Broadcast(spoof.client.ip()),
@@ -322,9 +367,13 @@ impl From<Failure> for Begin {
     }
 }
 
-fn begin_unchecked(spoof: &Spoof, port: u16) -> Result<TcpStream, Begin> {
+fn begin_unchecked(spoof: &Spoof, port: SourcePort) -> Result<TcpStream, Begin> {
     let ip = spoof.client.ip();
-    let source = SockAddr::from(SocketAddr::new(ip, port));
+    let bound = match port {
+        SourcePort::Bound(port) => port,
+        SourcePort::Shared(_) | SourcePort::Any => 0,
+    };
+    let source = SockAddr::from(SocketAddr::new(ip, bound));
     let socket = Socket::new(
         Domain::for_address(spoof.client.get()),
         Type::STREAM.nonblocking(),
@@ -335,11 +384,14 @@ fn begin_unchecked(spoof: &Spoof, port: u16) -> Result<TcpStream, Begin> {
     socket
         .set_reuse_address(true)
         .map_err(Failure::at("set SO_REUSEADDR"))?;
-    if port == 0 {
+    if bound == 0 {
         // the port is chosen at connect, per target: a plain bind to port 0 would take the port away
         // from all of the host's own connections
         setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)
             .map_err(|errno| Failure::at("set IP_BIND_ADDRESS_NO_PORT")(errno.into()))?;
+    }
+    if let SourcePort::Shared(port) = port {
+        ephemeral::keep_to(&socket, port).map_err(Failure::at("set IP_LOCAL_PORT_RANGE"))?;
     }
     // Whether an address is local is asked anew for each connection, because addresses change at run
     // time: without IP_TRANSPARENT bind() to any other address fails, before it looks at the port,

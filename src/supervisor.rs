@@ -190,6 +190,11 @@ impl<T: Task + 'static> Supervisor<T> {
         self.draining.is_empty()
     }
 
+    /// The tasks that are being drained.
+    pub fn drained_tasks(&self) -> Vec<Rc<T>> {
+        self.drained.borrow().clone()
+    }
+
     /// How much work the tasks that are being drained still have.
     pub fn draining(&self) -> u64 {
         self.drained.borrow().iter().map(|task| task.active()).sum()

@@ -197,7 +197,7 @@ impl Lab {
         writeln!(
             out,
             "\nWith relays but without pathways nothing comes back: the service answers to the \
-             client,\nand that answer does not reach the relay (it gives up after {CONNECT_TIMEOUT:?}):\n"
+             client,\nand that answer does not reach the relay (it gives up after {CONNECT_TIMEOUT:?}, and logs why):\n"
         )?;
         for (client, address) in self.clients(VPS01) {
             let answer = self.ask(address, SSH)?;

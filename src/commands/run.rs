@@ -5,14 +5,13 @@
 
 mod fleet;
 mod handover;
-mod listening;
 mod plan;
 mod relay;
-mod relaying;
+mod view;
 mod watch;
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -33,19 +32,20 @@ use tracing::{debug, error, info, warn};
 
 use self::fleet::{Fleet, ReloadError, Selection};
 use self::handover::{Answer, Estate, Inheritance, Successor};
-use self::listening::Listening;
 use self::relay::{World, lock_name};
-use self::relaying::Server;
+use self::view::View;
 use self::watch::Watch;
 use super::{UsageError, drawn};
 use crate::cli::{Global, RunArgs};
 use crate::config::{self, Configuration};
 use crate::control::messages::{Request, Response};
 use crate::control::{client, server};
+use crate::relay::counters::Totals;
+use crate::relay::udp::counters as udp;
 use crate::relay::workers::Workers;
-use crate::relay::{counters as tcp, udp};
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
 use crate::socket;
+use crate::socket::listening::Listening;
 use crate::supervisor::Task;
 use crate::systemd;
 
@@ -127,6 +127,11 @@ fn start(
         outcome => outcome.context("cannot make a spoofed socket")?,
     }
     raise_descriptor_limit();
+    let locks = by_instance(locks);
+    let inherited = match &control {
+        Some(_) => locks.keys().cloned().collect(),
+        None => BTreeSet::new(),
+    };
     let count = args
         .workers
         .unwrap_or_else(|| std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
@@ -136,7 +141,7 @@ fn start(
         no_check: args.no_check,
         configuration: RefCell::new(Rc::new(configuration)),
         instances: std::cell::Cell::new(0),
-        locks: RefCell::new(by_instance(locks)),
+        locks: RefCell::new(locks),
         offered: RefCell::default(),
         look: tokio::sync::Mutex::default(),
     };
@@ -156,6 +161,7 @@ fn start(
         name,
         lock: held,
         control,
+        inherited,
     }))
 }
 
@@ -242,6 +248,8 @@ struct Process {
     /// The lock of a process that runs all instances; else it is the first instance's.
     lock: Option<Lock>,
     control: Option<std::os::unix::net::UnixListener>,
+    /// The instances that the process before runs, where there is one.
+    inherited: BTreeSet<String>,
 }
 
 /// How a process stops serving.
@@ -282,7 +290,8 @@ impl Process {
         })
     }
 
-    /// Starts the relays; fails where not a single one listens.
+    /// Starts the relays; fails where not a single one listens, or one that the process before runs
+    /// does not: that process goes on then.
     async fn begin(&self) -> anyhow::Result<()> {
         self.fleet
             .start()
@@ -290,7 +299,8 @@ impl Process {
             .context("cannot install the pathways")?;
         let failing = self.fleet.failing();
         let all = self.fleet.statuses().len();
-        if all > 0 && failing.len() == all {
+        let lost = failing.keys().any(|name| self.inherited.contains(name));
+        if lost || (all > 0 && failing.len() == all) {
             let reasons: Vec<_> = failing
                 .iter()
                 .map(|(name, reason)| format!("instance {name}: {reason}"))
@@ -310,7 +320,13 @@ impl Process {
         let control_again = control
             .try_clone()
             .context("cannot share the control socket")?;
+        let view = View::new(Rc::clone(&self.fleet));
+        let metrics = match &self.args.metrics {
+            Some(endpoint) => Some(view.serve_metrics(endpoint).await?),
+            None => None,
+        };
         let handler = Rc::new(Handler {
+            view,
             fleet: Rc::clone(&self.fleet),
             program: self.program.clone(),
             name: self.name.clone(),
@@ -337,6 +353,9 @@ impl Process {
         let stop = self.look_after(&mut signals, &mut succeeded).await?;
         // whoever asks from here on asks the successor, or is told that nobody runs
         answering.abort();
+        if let Some(metrics) = metrics {
+            metrics.abort();
+        }
         let _ = answering.await;
         drop(handler);
         match stop {
@@ -459,18 +478,18 @@ impl Process {
             "stopping: no new connections"
         );
         self.drain(signals, drain_timeout).await;
-        let (tcp, udp) = totals;
+        let (totals, datagrams) = totals;
         info!(
-            connections = tcp.accepted,
-            flows = udp.flows_opened,
-            refused = tcp.refused.all() + udp.refused.all(),
-            connect_failed = tcp.connect_failed.all() + udp.open_failed.all(),
-            bytes.r#in = tcp.bytes_to_target + udp.bytes_to_target,
-            bytes.out = tcp.bytes_to_client + udp.bytes_to_client,
+            connections = totals.accepted,
+            refused = totals.refused.all(),
+            connect_failed = totals.connect_failed.all(),
+            bytes.r#in = totals.bytes_to_target,
+            bytes.out = totals.bytes_to_client,
             "stopped"
         );
-        if udp != udp::counters::Totals::default() {
+        if let Some(udp) = datagrams {
             info!(
+                flows = udp.flows_opened,
                 datagrams.r#in = udp.datagrams_to_target,
                 datagrams.out = udp.datagrams_to_client,
                 dropped = udp.dropped.all(),
@@ -515,18 +534,24 @@ impl Process {
         }
     }
 
-    /// Of the relays that run now, by protocol.
-    fn totals(&self) -> (tcp::Totals, udp::counters::Totals) {
+    /// Of the relays that run now; and what UDP counts beyond that, where there is UDP.
+    fn totals(&self) -> (Totals, Option<udp::Totals>) {
         let supervisor = self.fleet.supervisor.borrow();
-        let (mut tcp, mut udp) = (tcp::Totals::default(), udp::counters::Totals::default());
-        for (name, _) in self.fleet.statuses() {
-            match supervisor.task(&name).as_ref().map(|relay| &relay.server) {
-                Some(Server::Tcp(server)) => tcp += server.totals(),
-                Some(Server::Udp(server)) => udp += server.totals(),
-                None => {}
-            }
-        }
-        (tcp, udp)
+        let statuses = self.fleet.statuses();
+        let servers = || {
+            let running = statuses
+                .iter()
+                .filter_map(|(name, _)| supervisor.task(name));
+            running.map(|relay| Rc::clone(&relay.server))
+        };
+        let datagrams = servers().filter_map(|server| server.datagrams());
+        (
+            servers().map(|server| server.totals()).sum(),
+            datagrams.reduce(|mut sum, one| {
+                sum += one;
+                sum
+            }),
+        )
     }
 }
 
@@ -563,6 +588,7 @@ async fn keep_watchdog(fleet: Rc<Fleet>, every: Duration) {
 
 /// Answers the control socket.
 struct Handler {
+    view: View,
     fleet: Rc<Fleet>,
     program: PathBuf,
     name: String,
@@ -590,6 +616,8 @@ impl Handler {
                 Err(ReloadError::Configuration(mistakes)) => {
                     Response::configuration(mistakes.draw(false))
                 }
+                // closed without an answer in a moment: the caller then asks the successor
+                Err(ReloadError::Succeeded) => std::future::pending().await,
                 Err(error) => Response::failed(format!("{:#}", anyhow!(error))),
             },
             Request::Upgrade {} => match self.upgrade().await {
@@ -599,16 +627,24 @@ impl Handler {
                     Response::failed(format!("{error:#}"))
                 }
             },
+            Request::Status {}
+            | Request::Conns(_)
+            | Request::ConnsKill { .. }
+            | Request::Explain { .. } => self.view.answer(&request).await,
         }
     }
 
     async fn upgrade(&self) -> anyhow::Result<Upgraded> {
         let _turn = self.fleet.turn.lock().await;
+        if self.fleet.succeeded.get() {
+            return std::future::pending().await;
+        }
         let estate = self.estate()?;
         let program = self.program.clone();
         let successor = tokio::task::spawn_blocking(move || handover::hand_over(program, estate))
             .await
             .context("the handover panicked")??;
+        self.fleet.succeeded.set(true);
         let supervisor = self.fleet.supervisor.borrow();
         let statuses = self.fleet.statuses();
         let active = statuses

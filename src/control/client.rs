@@ -76,11 +76,23 @@ impl Client {
         })
     }
 
-    /// Sends a request and waits for its answer.
+    /// Sends a request and waits for its answer. Where the process closes the connection without one, the
+    /// request goes once more to whoever has the socket by then: a process that was just succeeded by
+    /// another leaves requests to it.
     ///
     /// # Errors
     /// [`Error::Failed`] where the process says so.
     pub fn ask(&mut self, request: &Request) -> Result<Value, Error> {
+        match self.exchange(request) {
+            Err(error) if error.is_closed() => {
+                *self = Self::connect(&self.path)?;
+                self.exchange(request)
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn exchange(&mut self, request: &Request) -> Result<Value, Error> {
         let path = &self.path;
         let fail = |operation| {
             move |source| Error::Io {
@@ -108,6 +120,20 @@ impl Client {
             Ok(Response::Ok(value)) => Ok(value),
             Ok(Response::Error(failure)) => Err(failure.into()),
             Err(error) => Err(fail("understand the answer from")(error.into())),
+        }
+    }
+}
+
+impl Error {
+    /// Whether the other end closed the connection before it answered.
+    fn is_closed(&self) -> bool {
+        match self {
+            Self::Closed { .. } => true,
+            Self::Io { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+            ),
+            Self::Failed(_) | Self::Directory(_) => false,
         }
     }
 }

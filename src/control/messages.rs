@@ -3,6 +3,9 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::overview::Sort;
+use crate::relay::view::Filter;
+
 /// A request: `{"command":"…", …}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
@@ -11,6 +14,41 @@ pub enum Request {
     Reload {},
     /// Start the program's file anew beside this process, hand it the listening sockets, and drain.
     Upgrade {},
+    /// The state of every instance; answers with [`crate::overview::Process`].
+    Status {},
+    /// Open connections; answers with [`crate::overview::Listing`].
+    Conns(Conns),
+    /// Ends open connections, each with a reset on both sides; answers with those that it meant, in the
+    /// form of `conns`.
+    ConnsKill {
+        /// Of these instances; none means of all.
+        #[serde(default)]
+        instances: Vec<String>,
+        /// Which; what restricts nothing means every connection.
+        #[serde(default)]
+        filter: Filter,
+    },
+    /// Open connections and those that ended not long ago; answers with [`crate::overview::Explanation`].
+    Explain {
+        /// Which.
+        #[serde(default)]
+        filter: Filter,
+    },
+}
+
+/// What `conns` lists.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Conns {
+    /// Of these instances; none means of all.
+    pub instances: Vec<String>,
+    /// Which.
+    pub filter: Filter,
+    /// In which order.
+    pub sort: Sort,
+    /// At most so many.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<usize>,
 }
 
 /// An answer: `{"ok":…}` or `{"error":{"kind":…,"message":…}}`.
@@ -80,6 +118,14 @@ mod tests {
             parse(r#"{"command":"reload"}"#).unwrap(),
             Request::Reload {}
         );
+        let Request::Conns(conns) =
+            parse(r#"{"command":"conns","filter":{"client":"203.0.113.0/24"},"sort":"bytes"}"#)
+                .unwrap()
+        else {
+            panic!("not conns")
+        };
+        assert_eq!(conns.sort, Sort::Bytes);
+        assert!(!conns.filter.is_everything());
         for bad in [
             "",
             "{}",
@@ -87,6 +133,10 @@ mod tests {
             r#""reload""#,
             r#"{"command":"format"}"#,
             r#"{"command":"reload","force":true}"#,
+            r#"{"command":"conns","cleint":"::/0"}"#,
+            r#"{"command":"conns-kill","filter":{"cleint":"::/0"}}"#,
+            r#"{"command":"conns","sort":"luck"}"#,
+            r#"{"command":"conns","limit":-1}"#,
             r#"[{"command":"reload"}]"#,
         ] {
             assert!(parse(bad).is_err(), "{bad}");

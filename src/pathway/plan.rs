@@ -404,17 +404,22 @@ impl Differ<'_> {
                 continue;
             }
             let mut there = None;
+            let user = self.other_user(pathway, family);
             for found in self.routes.get(&table).into_iter().flatten() {
                 let foreign = match found {
                     FoundRoute::LocalDefault(found) if found.family != family => continue,
                     FoundRoute::Other { family: other, .. } if *other != family => continue,
                     FoundRoute::LocalDefault(found)
-                        if found.is_ours() || UNTAGGED.contains(&found.protocol) =>
+                        if found.is_ours()
+                            || (UNTAGGED.contains(&found.protocol) && user.is_none()) =>
                     {
                         there = Some(found.protocol);
                         continue;
                     }
-                    FoundRoute::LocalDefault(found) => found.to_string(),
+                    FoundRoute::LocalDefault(found) => match &user {
+                        Some(rule) => format!("{found}, used by {rule}"),
+                        None => found.to_string(),
+                    },
                     FoundRoute::Other { text, .. } => text.clone(),
                 };
                 self.plan.conflicts.push(TableTaken {
@@ -433,6 +438,28 @@ impl Differ<'_> {
                 None => self.make(pathway.mark, Outcome::Added, Step::AddRoute(route)),
             }
         }
+    }
+
+    /// A rule of another program that uses the pathway's table. An untagged route there is that
+    /// program's (TPROXY set-ups have the very same one), not what the scripts left.
+    fn other_user(&self, pathway: &Pathway, family: Family) -> Option<String> {
+        let table = pathway.table.get();
+        let shapes = self.shapes(pathway);
+        let rules = self.by_table.get(&table).into_iter().flatten();
+        let mut others = rules.filter(|rule| {
+            let leftover = || {
+                UNTAGGED.contains(&rule.protocol) && shapes.iter().any(|shape| rule.means(shape))
+            };
+            rule.family == family && !rule.is_ours() && !leftover()
+        });
+        let inexpressible = || {
+            let used = self.present.other_lookups.contains(&table);
+            used.then(|| "another rule".to_owned())
+        };
+        others
+            .next()
+            .map(|rule| format!("the rule {rule}"))
+            .or_else(inexpressible)
     }
 
     fn unmake(&mut self, mark: Mark, leftover: bool, command: Step) {

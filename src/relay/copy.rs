@@ -101,7 +101,7 @@ impl Pair {
         }
     }
 
-    /// Bytes handed to the target and to the client so far, by this pair.
+    /// Bytes handed to the target and to the client so far.
     pub(super) fn bytes(&self) -> (u64, u64) {
         (self.up.bytes, self.down.bytes)
     }

@@ -2,12 +2,16 @@
 //!
 //! Owns: the counters and the names of their kinds. Must not know: connections, log lines.
 
+use std::collections::BTreeMap;
 use std::iter::Sum;
 use std::ops::AddAssign;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::de::{Deserializer, Error as _};
 use serde::ser::SerializeMap;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
+
+use super::histogram::{Distribution, Histogram};
 
 /// An enum whose values are counted one by one, with the name of each in reports.
 macro_rules! kinds {
@@ -138,6 +142,12 @@ pub struct Counters {
     pub resets: Counter,
     /// Relayed connections ended by the idle timeout.
     pub idle_ended: Counter,
+    /// Connections ended by `conns kill`.
+    pub killed: Counter,
+    /// How long complete headers took from accept on.
+    pub header_wait: Histogram,
+    /// How long services took to answer.
+    pub connect_time: Histogram,
     /// Times that accepting paused because descriptors ran out.
     pub accept_pauses: Counter,
     refused: [Counter; Refusal::ALL.len()],
@@ -167,6 +177,9 @@ impl Counters {
             ports_given_up: self.ports_given_up.get(),
             resets: self.resets.get(),
             idle_ended: self.idle_ended.get(),
+            killed: self.killed.get(),
+            header_wait: self.header_wait.read(),
+            connect_time: self.connect_time.read(),
             accept_pauses: self.accept_pauses.get(),
             refused: Refused::from_counters(&self.refused),
             connect_failed: ConnectFailed::from_counters(&self.connect_failed),
@@ -175,7 +188,7 @@ impl Counters {
 }
 
 /// A reading of counters, of one worker or summed over several. Fields as in [`Counters`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[expect(
     missing_docs,
     reason = "the fields are those of Counters, described there"
@@ -192,6 +205,9 @@ pub struct Totals {
     pub ports_given_up: u64,
     pub resets: u64,
     pub idle_ended: u64,
+    pub killed: u64,
+    pub header_wait: Distribution,
+    pub connect_time: Distribution,
     pub accept_pauses: u64,
     pub refused: Refused,
     pub connect_failed: ConnectFailed,
@@ -210,6 +226,9 @@ impl AddAssign for Totals {
         self.ports_given_up += other.ports_given_up;
         self.resets += other.resets;
         self.idle_ended += other.idle_ended;
+        self.killed += other.killed;
+        self.header_wait += other.header_wait;
+        self.connect_time += other.connect_time;
         self.accept_pauses += other.accept_pauses;
         self.refused += other.refused;
         self.connect_failed += other.connect_failed;
@@ -293,6 +312,32 @@ impl Serialize for ConnectFailed {
     }
 }
 
+impl<'de> Deserialize<'de> for Refused {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        Ok(Self(from_map(from, Refusal::ALL.map(Refusal::name))?))
+    }
+}
+
+impl<'de> Deserialize<'de> for ConnectFailed {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let names = ConnectFailure::ALL.map(ConnectFailure::name);
+        Ok(Self(from_map(from, names)?))
+    }
+}
+
+/// The reverse of [`as_map`]; what another version counts and this one does not know is an error.
+pub(super) fn from_map<'de, D: Deserializer<'de>, const N: usize>(
+    from: D,
+    names: [&'static str; N],
+) -> Result<[u64; N], D::Error> {
+    let mut counts = [0; N];
+    for (name, count) in BTreeMap::<String, u64>::deserialize(from)? {
+        let at = names.iter().position(|known| *known == name);
+        counts[at.ok_or_else(|| D::Error::custom(format!("unknown kind '{name}'")))?] = count;
+    }
+    Ok(counts)
+}
+
 pub(super) fn as_map<S: Serializer, const N: usize>(
     to: S,
     names: [&'static str; N],
@@ -326,5 +371,6 @@ mod tests {
         let json = serde_json::to_value(totals).unwrap();
         assert_eq!(json["refused"]["no-header"], 2);
         assert_eq!(json["connect_failed"]["timed-out"], 1);
+        assert_eq!(serde_json::from_value::<Totals>(json).unwrap(), totals);
     }
 }

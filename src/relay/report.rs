@@ -6,23 +6,28 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::rc::Rc;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+use tracing::field::display;
 use tracing::{debug, warn};
 
 use super::counters::{ConnectFailure, Refusal};
 use super::header::{self, HeaderError};
 use super::settings::Settings;
 use super::udp::counters::Dropped;
-use crate::model::{Family, Mark, ProxyAddr, TargetAddr};
+use super::view::Reason;
+use super::worker::{Conn, Worker};
+use crate::model::{ClientAddr, Family, Mark, ProxyAddr, TargetAddr};
 use crate::socket::udp::{Bound, udp_bound};
 use crate::socket::{Failure, SpoofError};
 
 /// The time in which a subject may use up its lines.
-const WINDOW: Duration = Duration::from_secs(10);
+pub(super) const WINDOW: Duration = Duration::from_secs(10);
 /// How many lines of one kind about one address are said in that time.
 const BURST: u32 = 5;
 /// How many kinds and addresses are told apart; beyond that they share one allowance per kind.
@@ -40,12 +45,29 @@ pub(super) enum Subject {
     Unanswered,
 }
 
+/// What was last said about a relay's connections.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastError {
+    /// Seconds since 1970.
+    pub at: u64,
+    /// The proxy's address.
+    pub proxy: SocketAddr,
+    /// The client's, where it was known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub client: Option<SocketAddr>,
+    /// What went wrong.
+    pub message: String,
+}
+
 /// Decides which warnings are said; the rest is said at debug level. One for all workers: nothing
 /// that is relayed ever comes here, so the lock costs nothing.
 #[derive(Debug, Default)]
 pub(super) struct Limiter {
-    windows: Mutex<HashMap<(Subject, Option<IpAddr>), Window>>,
+    windows: Mutex<HashMap<Key, Window>>,
 }
+
+/// A kind of line, and the address it is about; none when there are too many to tell apart.
+pub(super) type Key = (Subject, Option<IpAddr>);
 
 #[derive(Debug)]
 struct Window {
@@ -54,13 +76,32 @@ struct Window {
     held_back: u64,
 }
 
+/// What becomes of a warning.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Admission {
+    /// Say it, and that so many like it were not said.
+    Say(u64),
+    /// Hold it back; for the first of a window, [`Limiter::settle`] this key when the window is over.
+    HoldBack(Option<Key>),
+}
+
+/// What became of a line.
+#[derive(Debug)]
+pub(super) enum Said {
+    /// It was said, and is the last error.
+    Warned(LastError),
+    /// It was held back; for the first of a window, [`Limiter::settle`] this key when the window is over.
+    HeldBack(Option<Key>),
+}
+
 impl Limiter {
-    /// `Some(n)`: say it, and that `n` like it were not said since the last. `None`: hold it back.
-    pub(super) fn admit(&self, subject: Subject, about: IpAddr, now: Instant) -> Option<u64> {
+    pub(super) fn admit(&self, subject: Subject, about: IpAddr, now: Instant) -> Admission {
         let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         let mut key = (subject, Some(about));
         if windows.len() >= MAX_SUBJECTS && !windows.contains_key(&key) {
-            windows.retain(|_, window| now.duration_since(window.since) < WINDOW);
+            windows.retain(|_, window| {
+                now.duration_since(window.since) < WINDOW || window.held_back > 0
+            });
             if windows.len() >= MAX_SUBJECTS {
                 key = (subject, None);
             }
@@ -75,10 +116,62 @@ impl Limiter {
         }
         if window.said >= BURST {
             window.held_back += 1;
-            return None;
+            return Admission::HoldBack((window.held_back == 1).then_some(key));
         }
         window.said += 1;
-        Some(std::mem::take(&mut window.held_back))
+        Admission::Say(std::mem::take(&mut window.held_back))
+    }
+
+    /// One line about a peer, as a warning unless there were too many like it.
+    pub(super) fn say(
+        &self,
+        subject: Subject,
+        (proxy, client): (ProxyAddr, Option<ClientAddr>),
+        message: &dyn fmt::Display,
+    ) -> Said {
+        let (proxy_addr, client_addr) = (display(proxy), client.map(display));
+        match self.admit(subject, proxy.ip(), Instant::now()) {
+            Admission::Say(more) => {
+                warn!(
+                    proxy.addr = proxy_addr,
+                    client.addr = client_addr,
+                    "{message}{}",
+                    AndMore(more)
+                );
+                Said::Warned(LastError {
+                    at: SystemTime::now()
+                        .duration_since(UNIX_EPOCH)
+                        .map_or(0, |since| since.as_secs()),
+                    proxy: proxy.get(),
+                    client: client.map(ClientAddr::get),
+                    message: message.to_string(),
+                })
+            }
+            Admission::HoldBack(first) => {
+                debug!(
+                    proxy.addr = proxy_addr,
+                    client.addr = client_addr,
+                    "{message}"
+                );
+                Said::HeldBack(first)
+            }
+        }
+    }
+
+    /// Says how many were held back even if none like them follows; to be called [`WINDOW`] after the first.
+    pub(super) fn settle(&self, key: Key, proxy: ProxyAddr, message: &str) {
+        let more = self.held_back(key);
+        if more > 0 {
+            warn!(proxy.ip = %proxy.ip(), "and {more} more like it: {message}");
+        }
+    }
+
+    /// How many were held back and not mentioned since; they are as good as mentioned by this.
+    fn held_back(&self, key: Key) -> u64 {
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        windows
+            .get_mut(&key)
+            .map_or(0, |window| std::mem::take(&mut window.held_back))
     }
 
     /// One line about a listener that cannot accept for now.
@@ -89,42 +182,73 @@ impl Limiter {
     ) {
         let addr = listener.local_addr().ok();
         let about = addr.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |addr| addr.ip());
-        let listen = addr.map(tracing::field::display);
-        if let Some(more) = self.admit(Subject::AcceptPaused, about, Instant::now()) {
-            let held_back = (more > 0).then_some(more);
-            warn!(listen, held_back, "{message}");
+        let listen = addr.map(display);
+        if let Admission::Say(more) = self.admit(Subject::AcceptPaused, about, Instant::now()) {
+            warn!(listen, "{message}{}", AndMore(more));
         }
     }
+}
 
-    /// One line about a connection, as a warning unless there were too many like it.
-    pub(super) fn warn(
-        &self,
-        subject: Subject,
-        proxy: ProxyAddr,
-        client: Option<&dyn fmt::Display>,
-        message: &dyn fmt::Display,
-    ) {
-        let proxy_addr = tracing::field::display(proxy);
-        let client_addr = client.map(tracing::field::display);
-        match self.admit(subject, proxy.ip(), Instant::now()) {
-            Some(0) => warn!(
-                proxy.addr = proxy_addr,
-                client.addr = client_addr,
-                "{message}"
-            ),
-            Some(more) => warn!(
-                proxy.addr = proxy_addr,
-                client.addr = client_addr,
-                held_back = more,
-                "{message}"
-            ),
-            None => debug!(
-                proxy.addr = proxy_addr,
-                client.addr = client_addr,
-                "{message}"
-            ),
+/// " (and 412 more like it)", or nothing.
+struct AndMore(u64);
+
+impl fmt::Display for AndMore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            more => write!(f, " (and {more} more like it)"),
         }
     }
+}
+
+/// One line about a connection that is not relayed, as a warning unless there were too many like it.
+pub(super) fn warn(conn: &Conn, subject: Subject, message: &dyn fmt::Display) {
+    let entry = &conn.entry;
+    warn_about(
+        conn.worker(),
+        subject,
+        (entry.proxy(), entry.client()),
+        message,
+    );
+}
+
+/// The same about a connection that was not even entered.
+pub(super) fn warn_about(
+    worker: &Rc<Worker>,
+    subject: Subject,
+    peers: (ProxyAddr, Option<ClientAddr>),
+    message: &dyn fmt::Display,
+) {
+    let limiter = &worker.common.limiter;
+    match limiter.say(subject, peers, message) {
+        Said::Warned(error) => worker.remember(error),
+        Said::HeldBack(None) => {}
+        Said::HeldBack(Some(key)) => {
+            let (worker, message) = (Rc::clone(worker), message.to_string());
+            tokio::task::spawn_local(async move {
+                tokio::time::sleep(WINDOW).await;
+                let _named = worker.span.enter();
+                worker.common.limiter.settle(key, peers.0, &message);
+            });
+        }
+    }
+}
+
+/// The line about a relayed connection that is over.
+pub(super) fn ended(conn: &Conn, error: Option<&io::Error>) {
+    let entry = &conn.entry;
+    let (bytes_in, bytes_out) = entry.bytes();
+    debug!(
+        client.addr = entry.client().map(display),
+        proxy.addr = %entry.proxy(),
+        target.addr = entry.target().map(display),
+        bytes.r#in = bytes_in,
+        bytes.out = bytes_out,
+        duration = ?Duration::from_millis(entry.age()),
+        reason = entry.reason().map(Reason::name),
+        error = error.map(display),
+        "closed"
+    );
 }
 
 /// Bytes that are no header: what is wrong, and what they look like.
@@ -329,13 +453,31 @@ mod tests {
         let (one, other) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
         let start = Instant::now();
         for _ in 0..BURST {
-            assert_eq!(limiter.admit(subject, one, start), Some(0));
+            assert_eq!(limiter.admit(subject, one, start), Admission::Say(0));
         }
-        assert_eq!(limiter.admit(subject, one, start), None);
-        assert_eq!(limiter.admit(subject, one, start), None);
-        assert_eq!(limiter.admit(subject, other, start), Some(0));
-        assert_eq!(limiter.admit(subject, one, start + WINDOW), Some(2));
-        assert_eq!(limiter.admit(subject, one, start + WINDOW), Some(0));
+        let key = (subject, Some(one));
+        assert_eq!(
+            limiter.admit(subject, one, start),
+            Admission::HoldBack(Some(key))
+        );
+        assert_eq!(
+            limiter.admit(subject, one, start),
+            Admission::HoldBack(None)
+        );
+        assert_eq!(limiter.admit(subject, other, start), Admission::Say(0));
+        let later = start + WINDOW;
+        assert_eq!(limiter.admit(subject, one, later), Admission::Say(2));
+        assert_eq!(limiter.admit(subject, one, later), Admission::Say(0));
+        assert_eq!(limiter.held_back(key), 0);
+        for _ in 2..BURST {
+            limiter.admit(subject, one, later);
+        }
+        assert_eq!(
+            limiter.admit(subject, one, later),
+            Admission::HoldBack(Some(key))
+        );
+        assert_eq!(limiter.held_back(key), 1);
+        assert_eq!(AndMore(412).to_string(), " (and 412 more like it)");
     }
 
     #[test]
@@ -346,7 +488,7 @@ mod tests {
         let said = (0..10_000u32)
             .filter(|n| {
                 let about = IpAddr::V4(n.to_be_bytes().into());
-                limiter.admit(subject, about, start).is_some()
+                limiter.admit(subject, about, start) == Admission::Say(0)
             })
             .count();
         assert_eq!(said, MAX_SUBJECTS + BURST as usize);

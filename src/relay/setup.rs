@@ -8,7 +8,6 @@ use std::cell::RefCell;
 use std::future::Future;
 use std::io::{self, Write};
 use std::pin::Pin;
-use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -20,31 +19,19 @@ use tracing::{debug, trace};
 use super::client;
 use super::copy::{First, Pair};
 use super::counters::Refusal;
-use super::header::{self, Decoded, Endpoints, HeaderError};
+use super::header::{self, Decoded, Endpoints, HeaderError, Transport};
 use super::report::{self, ConnectError, Subject};
-use super::worker::Worker;
-use crate::model::{ClientAddr, ProxyAddr, TargetAddr};
+use super::view::Reason;
+use super::worker::Conn;
+use crate::model::{ClientAddr, TargetAddr};
 use crate::socket::{self, Spoof, Spoofed};
 
-/// Whose connection a pair is.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Ends {
-    pub(super) proxy: ProxyAddr,
-    pub(super) client: ClientAddr,
-}
-
-/// A connection that reached the service.
-pub(super) struct Ready {
-    pub(super) pair: Pair,
-    pub(super) ends: Ends,
-}
-
 /// The rest of a set-up that has to wait; `None` when the connection is over.
-pub(super) type Slow = Pin<Box<dyn Future<Output = Option<Ready>>>>;
+pub(super) type Slow = Pin<Box<dyn Future<Output = Option<Pair>>>>;
 
 /// What became of an accepted connection at first go.
 pub(super) enum Begun {
-    Ready(Ready),
+    Ready(Pair),
     Slow(Slow),
     Over,
 }
@@ -54,7 +41,7 @@ struct Opened {
     target: TcpStream,
     first: First,
     connected: bool,
-    ends: Ends,
+    began: Instant,
     to: TargetAddr,
 }
 
@@ -66,54 +53,43 @@ enum Verdict {
 }
 
 /// Does everything that needs no wait.
-pub(super) fn begin(
-    worker: &Rc<Worker>,
-    cx: &mut Context<'_>,
-    mut client: TcpStream,
-    proxy: ProxyAddr,
-) -> Begun {
-    if !worker.settings().allow.allows(proxy.ip()) {
+pub(super) fn begin(conn: &Conn, cx: &mut Context<'_>, mut client: TcpStream) -> Begun {
+    if !conn.settings().allow.allows(conn.entry.proxy().ip()) {
         refuse(
-            worker,
+            conn,
             Refusal::ProxyNotAllowed,
-            proxy,
-            None,
             "refused: the proxy is not on the allow list",
         );
         socket::reset_on_close(&client);
         return Begun::Over;
     }
-    let mut buffer = worker.shared.buffer.borrow_mut();
+    let mut buffer = conn.shared.buffer.borrow_mut();
     let mut read = ReadBuf::new(&mut buffer);
     // tokio takes a fresh socket for readable: the first read needs no readiness event
     let received = match Pin::new(&mut client).poll_read(cx, &mut read) {
         Poll::Ready(Ok(())) if !read.filled().is_empty() => read.filled(),
         Poll::Ready(_) => {
-            ended_without_header(worker, proxy, &[]);
+            ended_without_header(conn, &[]);
             return Begun::Over;
         }
         Poll::Pending => &[],
     };
-    match judge(worker, proxy, received) {
-        Verdict::Opened(opened) if opened.connected => Begun::Ready(paired(
-            worker,
-            client,
-            opened.target,
-            opened.first,
-            opened.ends,
-        )),
+    match judge(conn, received) {
+        Verdict::Opened(opened) if opened.connected => {
+            conn.counters.header_wait.observe(Duration::ZERO);
+            Begun::Ready(paired(conn, client, opened))
+        }
         Verdict::Opened(opened) => {
-            let worker = Rc::clone(worker);
+            conn.counters.header_wait.observe(Duration::ZERO);
+            let conn = conn.clone();
             Begun::Slow(Box::pin(async move {
-                finish_connect(&worker, client, opened).await
+                finish_connect(&conn, client, opened).await
             }))
         }
-        Verdict::Incomplete if !worker.may_wait() => {
+        Verdict::Incomplete if !conn.may_wait() => {
             refuse(
-                worker,
+                conn,
                 Refusal::TooManyWaiting,
-                proxy,
-                None,
                 "refused: too many connections wait for their PROXY header",
             );
             socket::reset_on_close(&client);
@@ -121,8 +97,8 @@ pub(super) fn begin(
         }
         Verdict::Incomplete => {
             let received = received.to_vec();
-            let waiting = Waiting::new(worker);
-            Begun::Slow(Box::pin(finish_header(waiting, client, proxy, received)))
+            let waiting = Waiting::new(conn);
+            Begun::Slow(Box::pin(finish_header(waiting, client, received)))
         }
         Verdict::Refused => {
             socket::reset_on_close(&client);
@@ -132,12 +108,12 @@ pub(super) fn begin(
 }
 
 /// A place among the connections that wait for their header.
-struct Waiting(Rc<Worker>);
+struct Waiting(Conn);
 
 impl Waiting {
-    fn new(worker: &Rc<Worker>) -> Self {
-        worker.counters.waiting.add(1);
-        Self(Rc::clone(worker))
+    fn new(conn: &Conn) -> Self {
+        conn.counters.waiting.add(1);
+        Self(conn.clone())
     }
 }
 
@@ -148,30 +124,25 @@ impl Drop for Waiting {
 }
 
 /// Reads on until the header is there, is none, or takes too long.
-async fn finish_header(
-    waiting: Waiting,
-    client: TcpStream,
-    proxy: ProxyAddr,
-    received: Vec<u8>,
-) -> Option<Ready> {
-    let worker = Rc::clone(&waiting.0);
+async fn finish_header(waiting: Waiting, client: TcpStream, received: Vec<u8>) -> Option<Pair> {
+    let conn = waiting.0.clone();
     let received = RefCell::new(received);
-    let limit = worker.settings().header_timeout;
-    let outcome = timeout_at(
-        Instant::now() + limit,
-        read_header(&worker, &client, proxy, &received),
-    )
-    .await;
+    let limit = conn.settings().header_timeout;
+    let began = Instant::now();
+    let outcome = timeout_at(began + limit, read_header(&conn, &client, &received)).await;
     drop(waiting);
+    if conn.entry.client().is_some() {
+        conn.counters.header_wait.observe(began.elapsed());
+    }
     match outcome {
-        Ok(Some(opened)) => finish_connect(&worker, client, opened).await,
+        Ok(Some(opened)) => finish_connect(&conn, client, opened).await,
         Ok(None) => {
             socket::reset_on_close(&client);
             None
         }
         Err(_elapsed) => {
             let message = report::header_timeout(&received.borrow(), limit);
-            refuse(&worker, Refusal::HeaderTimeout, proxy, None, &message);
+            refuse(&conn, Refusal::HeaderTimeout, &message);
             socket::reset_on_close(&client);
             None
         }
@@ -179,9 +150,8 @@ async fn finish_header(
 }
 
 async fn read_header(
-    worker: &Worker,
+    conn: &Conn,
     client: &TcpStream,
-    proxy: ProxyAddr,
     received: &RefCell<Vec<u8>>,
 ) -> Option<Opened> {
     loop {
@@ -189,23 +159,23 @@ async fn read_header(
             return None;
         }
         let mut received = received.borrow_mut();
-        let mut buffer = worker.shared.buffer.borrow_mut();
+        let mut buffer = conn.shared.buffer.borrow_mut();
         // what came before goes in front, so that the decoder sees one piece; a header that is not
         // complete is far shorter than the buffer
         buffer[..received.len()].copy_from_slice(&received);
         let length = match client.try_read(&mut buffer[received.len()..]) {
             Ok(0) => {
-                ended_without_header(worker, proxy, &received);
+                ended_without_header(conn, &received);
                 return None;
             }
             Ok(more) => received.len() + more,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             Err(_) => {
-                ended_without_header(worker, proxy, &received);
+                ended_without_header(conn, &received);
                 return None;
             }
         };
-        match judge(worker, proxy, &buffer[..length]) {
+        match judge(conn, &buffer[..length]) {
             Verdict::Incomplete => {
                 let known = received.len();
                 received.extend_from_slice(&buffer[known..length]);
@@ -217,17 +187,24 @@ async fn read_header(
 }
 
 /// Decodes what came and acts on it. Never waits.
-fn judge(worker: &Worker, proxy: ProxyAddr, received: &[u8]) -> Verdict {
+fn judge(conn: &Conn, received: &[u8]) -> Verdict {
     if received.is_empty() {
         return Verdict::Incomplete;
     }
     let (client, surplus) = match header::decode(received) {
         Ok(Decoded::Incomplete) => return Verdict::Incomplete,
+        // a client of the proxy's UDP side on a TCP connection: the proxy mixes up its own services
+        Ok(Decoded::Complete { header, .. }) if header.transport == Transport::Datagram => {
+            let message = "refused: the PROXY header announces datagrams (DGRAM), and this instance relays TCP";
+            refuse(conn, Refusal::BadHeader, message);
+            return Verdict::Refused;
+        }
         Ok(Decoded::Complete { header, length }) => {
             let client = match header.endpoints {
                 Endpoints::Proxied { client, .. } => client,
-                Endpoints::Local => ClientAddr::new(proxy.get()),
+                Endpoints::Local => ClientAddr::new(conn.entry.proxy().get()),
             };
+            conn.entry.has_header(&header, client);
             (client, &received[length..])
         }
         Err(error) => {
@@ -236,51 +213,54 @@ fn judge(worker: &Worker, proxy: ProxyAddr, received: &[u8]) -> Verdict {
                 _ => Refusal::BadHeader,
             };
             let message = report::bad_header(error, received);
-            refuse(worker, kind, proxy, None, &message);
+            refuse(conn, kind, &message);
             return Verdict::Refused;
         }
     };
-    open(worker, Ends { proxy, client }, surplus).map_or(Verdict::Refused, Verdict::Opened)
+    open(conn, client, surplus).map_or(Verdict::Refused, Verdict::Opened)
 }
 
 /// Begins the spoofed connection and hands over the surplus if the service takes it at once.
-fn open(worker: &Worker, ends: Ends, surplus: &[u8]) -> Option<Opened> {
-    let settings = worker.settings();
-    let family = ends.client.family();
+fn open(conn: &Conn, client: ClientAddr, surplus: &[u8]) -> Option<Opened> {
+    let settings = conn.settings();
+    let family = client.family();
+    let began = Instant::now();
     let refused = |kind| {
         let message = report::refused_client(kind, family);
-        refuse(worker, kind, ends.proxy, Some(ends.client), &message);
+        refuse(conn, kind, &message);
         None
     };
-    if let Some(kind) = client::refusal(ends.client.ip()) {
+    if let Some(kind) = client::refusal(client.ip()) {
         return refused(kind);
     }
     let Some(to) = settings.target(family) else {
         return refused(Refusal::FamilyNotServed);
     };
     let spoofed = socket::spoofed_tcp(&Spoof {
-        client: ends.client,
+        client,
         target: to,
         mark: settings.mark,
         port: settings.port,
     });
     let Spoofed {
         socket: target,
+        port,
         port_given_up,
     } = match spoofed {
         Ok(spoofed) => spoofed,
         Err(error) => match ConnectError::spoof(error) {
             Ok(error) => {
-                connect_failed(worker, ends, to, &error);
+                connect_failed(conn, to, &error);
                 return None;
             }
             Err(kind) => return refused(kind),
         },
     };
+    conn.entry.is_connecting(port);
     if port_given_up {
-        worker.counters.ports_given_up.add(1);
+        conn.counters.ports_given_up.add(1);
         debug!(
-            proxy.addr = %ends.proxy, client.addr = %ends.client,
+            proxy.addr = %conn.entry.proxy(), client.addr = %client,
             "the client's port is taken: another one is used, the address kept"
         );
     }
@@ -290,7 +270,7 @@ fn open(worker: &Worker, ends: Ends, surplus: &[u8]) -> Option<Opened> {
     } else {
         match (&target).write(surplus) {
             Ok(sent) => {
-                worker.counters.bytes_to_target.add(sent as u64);
+                conn.counters.bytes_to_target.add(sent as u64);
                 (First::new(sent, &surplus[sent..]), true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -298,7 +278,7 @@ fn open(worker: &Worker, ends: Ends, surplus: &[u8]) -> Option<Opened> {
             }
             Err(error) => {
                 let error = ConnectError::kernel("connect", error);
-                connect_failed(worker, ends, to, &error);
+                connect_failed(conn, to, &error);
                 return None;
             }
         }
@@ -307,7 +287,7 @@ fn open(worker: &Worker, ends: Ends, surplus: &[u8]) -> Option<Opened> {
         Ok(target) => target,
         Err(error) => {
             let error = ConnectError::kernel("watch the socket", error);
-            connect_failed(worker, ends, to, &error);
+            connect_failed(conn, to, &error);
             return None;
         }
     };
@@ -315,27 +295,20 @@ fn open(worker: &Worker, ends: Ends, surplus: &[u8]) -> Option<Opened> {
         target,
         first,
         connected,
-        ends,
+        began,
         to,
     })
 }
 
 /// Waits until the service answers.
-async fn finish_connect(worker: &Worker, client: TcpStream, opened: Opened) -> Option<Ready> {
-    let Opened {
-        target,
-        first,
-        ends,
-        to,
-        ..
-    } = opened;
-    let limit = worker.settings().connect_timeout;
-    if let Err(error) = connected_within(&target, limit).await {
-        connect_failed(worker, ends, to, &error);
+async fn finish_connect(conn: &Conn, client: TcpStream, opened: Opened) -> Option<Pair> {
+    let limit = conn.settings().connect_timeout;
+    if let Err(error) = connected_within(&opened.target, limit).await {
+        connect_failed(conn, opened.to, &error);
         socket::reset_on_close(&client);
         return None;
     }
-    Some(paired(worker, client, target, first, ends))
+    Some(paired(conn, client, opened))
 }
 
 async fn connected_within(target: &TcpStream, limit: Duration) -> Result<(), ConnectError> {
@@ -353,60 +326,41 @@ async fn connected_within(target: &TcpStream, limit: Duration) -> Result<(), Con
     }
 }
 
-fn paired(
-    worker: &Worker,
-    client: TcpStream,
-    target: TcpStream,
-    first: First,
-    ends: Ends,
-) -> Ready {
-    worker.counters.relayed.add(1);
-    trace!(proxy.addr = %ends.proxy, client.addr = %ends.client, "connected to the service");
-    let idle_timeout = worker.settings().idle_timeout;
-    Ready {
-        pair: Pair::new(client, target, first, idle_timeout),
-        ends,
-    }
+fn paired(conn: &Conn, client: TcpStream, opened: Opened) -> Pair {
+    conn.counters.relayed.add(1);
+    conn.counters.connect_time.observe(opened.began.elapsed());
+    conn.entry.is_relaying();
+    trace!(
+        proxy.addr = %conn.entry.proxy(), client.addr = conn.entry.client().map(display),
+        target.addr = %opened.to, "connected to the service"
+    );
+    let idle_timeout = conn.settings().idle_timeout;
+    Pair::new(client, opened.target, opened.first, idle_timeout)
 }
 
-fn ended_without_header(worker: &Worker, proxy: ProxyAddr, received: &[u8]) {
+fn ended_without_header(conn: &Conn, received: &[u8]) {
     if received.is_empty() {
-        worker.counters.empty.add(1);
-        debug!(proxy.addr = %proxy, "closed by the proxy without a byte: a health check");
+        conn.counters.empty.add(1);
+        conn.entry.ends(Reason::Empty);
+        debug!(proxy.addr = %conn.entry.proxy(), "closed by the proxy without a byte: a health check");
         return;
     }
     refuse(
-        worker,
+        conn,
         Refusal::HeaderTruncated,
-        proxy,
-        None,
         "refused: the connection ended inside the PROXY header",
     );
 }
 
-fn refuse(
-    worker: &Worker,
-    kind: Refusal,
-    proxy: ProxyAddr,
-    client: Option<ClientAddr>,
-    message: &str,
-) {
-    worker.counters.refuse(kind);
-    let client = client
-        .as_ref()
-        .map(|client| client as &dyn std::fmt::Display);
-    worker
-        .common
-        .limiter
-        .warn(Subject::Refused(kind), proxy, client, &message);
+fn refuse(conn: &Conn, kind: Refusal, message: &str) {
+    conn.counters.refuse(kind);
+    conn.entry.ends(Reason::Refused(kind));
+    report::warn(conn, Subject::Refused(kind), &message);
 }
 
-fn connect_failed(worker: &Worker, ends: Ends, to: TargetAddr, error: &ConnectError) {
-    worker.counters.connect_failed(error.kind);
-    worker.common.limiter.warn(
-        Subject::ConnectFailed(error.kind),
-        ends.proxy,
-        Some(&ends.client),
-        &error.message(to, &worker.settings()),
-    );
+fn connect_failed(conn: &Conn, to: TargetAddr, error: &ConnectError) {
+    conn.counters.connect_failed(error.kind);
+    conn.entry.ends(Reason::ConnectFailed(error.kind));
+    let message = error.message(to, &conn.settings());
+    report::warn(conn, Subject::ConnectFailed(error.kind), &message);
 }

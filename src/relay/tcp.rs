@@ -13,8 +13,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::counters::{Counters, Totals};
-use super::report::Limiter;
+use super::report::{LastError, Limiter};
 use super::settings::Settings;
+use super::spread::{Arrivals, Spread};
+use super::view::Query;
 use super::worker::{Common, Worker, accept_from};
 use super::workers::{Shared, Workers};
 
@@ -51,6 +53,7 @@ pub struct Server {
     common: Arc<Common>,
     listeners: Mutex<Vec<TcpListener>>,
     ended: tokio::sync::Mutex<mpsc::UnboundedReceiver<Result<(), Error>>>,
+    queries: Vec<mpsc::UnboundedSender<Query>>,
 }
 
 impl Server {
@@ -72,18 +75,32 @@ impl Server {
             let share = listener.try_clone().map_err(Error::Start)?;
             shares[number % chosen.len()].push(share);
         }
+        let counters: Vec<Arc<Counters>> = chosen.iter().map(|_| Arc::default()).collect();
+        let (spread, arrivals) = Spread::new(&counters);
         let (report, ended) = mpsc::unbounded_channel();
+        let (queries, questions): (_, Vec<_>) =
+            chosen.iter().map(|_| mpsc::unbounded_channel()).unzip();
         let server = Self {
             phase: watch::Sender::new(Phase::Serving),
             common: Arc::new(Common {
                 settings: ArcSwap::from_pointee(settings),
-                counters: chosen.iter().map(|_| Arc::default()).collect(),
+                counters,
+                last_error: Mutex::default(),
                 limiter: Limiter::default(),
+                spread,
             }),
             listeners: Mutex::new(listeners),
             ended: tokio::sync::Mutex::new(ended),
+            queries,
         };
-        for (number, (worker, share)) in chosen.into_iter().zip(shares).enumerate() {
+        let parts = chosen.into_iter().zip(shares).zip(arrivals).zip(questions);
+        for (number, (((worker, listeners), arrivals), queries)) in parts.enumerate() {
+            let part = Part {
+                number,
+                listeners,
+                arrivals,
+                queries,
+            };
             let common = Arc::clone(&server.common);
             let phase = server.phase.subscribe();
             let outcome = Outcome {
@@ -93,12 +110,26 @@ impl Server {
             workers.submit(worker, move |shared| {
                 let shared = Rc::clone(shared);
                 tokio::task::spawn_local(async move {
-                    let result = work(shared, common, number, share, phase).await;
+                    let result = work(shared, common, part, phase).await;
                     outcome.is(result);
                 });
             });
         }
         Ok(server)
+    }
+
+    /// What was last said about a connection that was not relayed.
+    pub fn last_error(&self) -> Option<LastError> {
+        let last = &self.common.last_error;
+        last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks every worker. Each answers once, in its turn; the reply's receiver ends after the last.
+    pub fn ask(&self, query: &Query) {
+        for worker in &self.queries {
+            // a worker that is gone has no connections
+            let _ = worker.send(query.clone());
+        }
     }
 
     /// The counters of each worker thread.
@@ -173,30 +204,52 @@ impl Drop for Outcome {
     }
 }
 
+/// What one worker gets of a relay.
+struct Part {
+    number: usize,
+    listeners: Vec<TcpListener>,
+    arrivals: Arrivals,
+    queries: mpsc::UnboundedReceiver<Query>,
+}
+
 /// The relay's life on one worker thread.
 async fn work(
     shared: Rc<Shared>,
     common: Arc<Common>,
-    number: usize,
-    listeners: Vec<TcpListener>,
+    part: Part,
     mut phase: watch::Receiver<Phase>,
 ) -> Result<(), Error> {
-    let counters = Arc::clone(&common.counters[number]);
-    let worker = Worker::new(shared, common, counters);
+    let Part {
+        number,
+        listeners,
+        mut arrivals,
+        queries,
+    } = part;
+    let worker = Worker::new(shared, common, number);
+    tokio::task::spawn_local(Rc::clone(&worker).answer(queries));
     let mut accepting = JoinSet::new();
     for listener in listeners {
         accepting.spawn_local(accept_from(Rc::clone(&worker), listener));
     }
-    tokio::select! {
-        failed = accepting.join_next() => return Err(match failed {
-            Some(Ok(source)) => Error::Listener { instance: worker.settings().name.to_string(), source },
-            _ => Error::Panicked,
-        }),
-        // an error means that the server was dropped
-        _ = phase.wait_for(|phase| *phase == Phase::Draining) => {}
+    // each branch can be dropped and tried again: nothing is taken before it is chosen
+    loop {
+        tokio::select! {
+            failed = accepting.join_next() => return Err(match failed {
+                Some(Ok(source)) => Error::Listener { instance: worker.settings().name.to_string(), source },
+                _ => Error::Panicked,
+            }),
+            // an error means that the server was dropped
+            _ = phase.wait_for(|phase| *phase == Phase::Draining) => break,
+            Some(accepted) = arrivals.recv() => worker.take_over(accepted),
+        }
     }
     // closes the listeners
     accepting.shutdown().await;
+    // a worker that has not heard of the drain yet keeps from here on what it accepts
+    arrivals.close();
+    while let Some(accepted) = arrivals.recv().await {
+        worker.take_over(accepted);
+    }
     worker.drained().await;
     Ok(())
 }

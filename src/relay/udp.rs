@@ -32,8 +32,9 @@ use tracing::warn;
 use self::counters::{Counters, Totals};
 use self::registry::Registry;
 use self::worker::{Common, Worker};
-use super::report::Limiter;
+use super::report::{LastError, Limiter};
 use super::settings;
+use super::view::Query;
 use super::workers::Workers;
 use crate::model::{AllowList, Family, Instance, InstanceOptions, UdpHeader};
 use crate::socket::Failure;
@@ -136,6 +137,7 @@ pub struct Server {
     phase: watch::Sender<Phase>,
     common: Arc<Common>,
     listeners: Mutex<Vec<UdpSocket>>,
+    queries: Vec<mpsc::UnboundedSender<Query>>,
     ended: tokio::sync::Mutex<mpsc::UnboundedReceiver<Result<(), Error>>>,
 }
 
@@ -167,21 +169,25 @@ impl Server {
         }
         let registry = Registry::new(chosen.len()).map_err(|errno| Error::Start(errno.into()))?;
         let (report, ended) = mpsc::unbounded_channel();
-        let server = Self {
+        let mut server = Self {
             phase: watch::Sender::new(Phase::Serving),
             common: Arc::new(Common {
                 settings: ArcSwap::from_pointee(settings),
                 counters: chosen.iter().map(|_| Arc::default()).collect(),
                 limiter: Limiter::default(),
+                last_error: Mutex::default(),
                 registry,
                 started: Instant::now(),
             }),
             listeners: Mutex::new(listeners),
+            queries: Vec::with_capacity(chosen.len()),
             ended: tokio::sync::Mutex::new(ended),
         };
         for (number, (worker, share)) in (0u32..).zip(chosen.into_iter().zip(shares)) {
             let common = Arc::clone(&server.common);
             let phase = server.phase.subscribe();
+            let (ask, queries) = mpsc::unbounded_channel();
+            server.queries.push(ask);
             let outcome = Outcome {
                 report: report.clone(),
                 result: Some(Err(Error::Panicked)),
@@ -190,10 +196,15 @@ impl Server {
                 let worker = Worker::new(Rc::clone(shared), Arc::clone(&common), number, share);
                 tokio::task::spawn_local(async move {
                     let result = match worker {
-                        Ok(worker) => worker.run(phase).await.map_err(|source| Error::Listener {
-                            instance: common.settings.load().name.to_string(),
-                            source,
-                        }),
+                        Ok(worker) => {
+                            worker
+                                .run(phase, queries)
+                                .await
+                                .map_err(|source| Error::Listener {
+                                    instance: common.settings.load().name.to_string(),
+                                    source,
+                                })
+                        }
                         Err(error) => Err(Error::Start(error)),
                     };
                     outcome.is(result);
@@ -201,6 +212,21 @@ impl Server {
             });
         }
         Ok(server)
+    }
+
+    /// What was last said about a datagram that was not relayed.
+    pub fn last_error(&self) -> Option<LastError> {
+        let last = &self.common.last_error;
+        last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks every worker about its flows. Each answers once, in its turn; the reply's receiver ends after the
+    /// last.
+    pub fn ask(&self, query: &Query) {
+        for worker in &self.queries {
+            // a worker that is gone has no flows
+            let _ = worker.send(query.clone());
+        }
     }
 
     /// The counters of each worker thread.

@@ -10,21 +10,24 @@ use std::net::{SocketAddr, TcpListener};
 use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use nix::errno::Errno;
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
-use tracing::{Span, debug, info_span, trace};
+use tokio::sync::{Notify, mpsc};
+use tracing::{Span, debug, info_span};
 
-use super::copy::{self, End, Side};
+use super::copy::{self, End, Pair, Side};
 use super::counters::{Counters, Refusal};
-use super::report::{Limiter, Subject};
+use super::registry::{Entry, Registry};
+use super::report::{self, LastError, Limiter, Subject};
 use super::settings::Settings;
-use super::setup::{self, Begun, Ready, Slow};
+use super::setup::{self, Begun, Slow};
+use super::spread::{Accepted, Spread};
+use super::view::{Ask, Query, Reason};
 use super::workers::Shared;
 use crate::model::ProxyAddr;
 use crate::socket;
@@ -43,7 +46,10 @@ pub(super) struct Common {
     pub(super) settings: ArcSwap<Settings>,
     /// Every worker's counters, for limits that hold for all of them together.
     pub(super) counters: Vec<Arc<Counters>>,
+    /// Locked for as long as a line takes that was worth a warning.
+    pub(super) last_error: Mutex<Option<LastError>>,
     pub(super) limiter: Limiter,
+    pub(super) spread: Spread,
 }
 
 /// What the connections of one relay on one thread share.
@@ -51,23 +57,25 @@ pub(super) struct Worker {
     pub(super) shared: Rc<Shared>,
     pub(super) common: Arc<Common>,
     pub(super) counters: Arc<Counters>,
+    number: usize,
     /// Names the instance in every line about a connection.
-    span: Span,
+    pub(super) span: Span,
+    registry: Registry,
     empty: Notify,
 }
 
 impl Worker {
-    pub(super) fn new(
-        shared: Rc<Shared>,
-        common: Arc<Common>,
-        counters: Arc<Counters>,
-    ) -> Rc<Self> {
+    /// The worker of this number among those of its relay.
+    pub(super) fn new(shared: Rc<Shared>, common: Arc<Common>, number: usize) -> Rc<Self> {
+        let counters = Arc::clone(&common.counters[number]);
         let span = info_span!("relay", instance = %common.settings.load().name);
         Rc::new(Self {
             shared,
             common,
             counters,
+            number,
             span,
+            registry: Registry::default(),
             empty: Notify::new(),
         })
     }
@@ -75,6 +83,12 @@ impl Worker {
     /// As they are now; not to be held over a wait.
     pub(super) fn settings(&self) -> Guard<Arc<Settings>> {
         self.common.settings.load()
+    }
+
+    /// Keeps what was said last, for `status`.
+    pub(super) fn remember(&self, error: LastError) {
+        let last = &self.common.last_error;
+        *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
     }
 
     /// Waits until no connection is open.
@@ -94,10 +108,35 @@ impl Worker {
 
     /// Whether one more connection may be open; read like [`Worker::may_wait`].
     fn may_open(&self) -> bool {
-        self.settings().max_connections.is_none_or(|max| {
-            let open: u64 = self.common.counters.iter().map(|of| of.active.get()).sum();
-            open < u64::from(max.get())
-        })
+        self.settings()
+            .max_connections
+            .is_none_or(|max| self.common.spread.open() < u64::from(max.get()))
+    }
+
+    /// Takes a connection that another worker handed over.
+    pub(super) fn take_over(self: &Rc<Self>, accepted: Accepted) {
+        self.common.spread.arrived(self.number);
+        let Accepted { socket, peer } = accepted;
+        match TcpStream::from_std(socket) {
+            Ok(client) => adopt(self, client, peer),
+            Err(error) => debug!(proxy.addr = %peer, %error, "cannot watch a connection"),
+        }
+    }
+
+    /// Answers questions about this relay's connections on this thread, until nobody can ask any more.
+    pub(super) async fn answer(self: Rc<Self>, mut queries: mpsc::UnboundedReceiver<Query>) {
+        while let Some(query) = queries.recv().await {
+            let rows = match query.what {
+                Ask::Live => self.registry.open(&query.filter),
+                Ask::Kill => self.registry.kill(&query.filter),
+                Ask::Recent => {
+                    let instance = &self.settings().name;
+                    self.shared.recent.of(instance, &query.filter)
+                }
+            };
+            // whoever asked may have given up
+            let _ = query.reply.send(rows);
+        }
     }
 
     fn shared(&self) -> copy::Shared<'_> {
@@ -113,7 +152,7 @@ impl Worker {
 
 /// Accepts until the listener itself fails; everything else is survived.
 ///
-/// Cancel-safe: a connection is taken off the queue and spawned without a wait between.
+/// Cancel-safe: a connection is taken off the queue and spawned, or handed over, without a wait between.
 pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io::Error {
     let listener = match tokio::net::TcpListener::from_std(listener) {
         Ok(listener) => listener,
@@ -125,7 +164,10 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
         match listener.accept().await {
             Ok((client, peer)) => {
                 pause = FIRST_PAUSE;
-                adopt(&worker, client, peer);
+                match worker.common.spread.elsewhere(worker.number) {
+                    None => adopt(&worker, client, peer),
+                    Some(to) => hand_over(&worker, to, client, peer),
+                }
                 in_a_row += 1;
                 if in_a_row >= ACCEPTS_PER_TURN {
                     in_a_row = 0;
@@ -177,16 +219,34 @@ impl Trouble {
     }
 }
 
+/// Gives a connection to another worker, or keeps it where that one drains already.
+fn hand_over(worker: &Rc<Worker>, to: usize, client: TcpStream, peer: SocketAddr) {
+    let kept = match client.into_std() {
+        Ok(socket) => worker.common.spread.send(to, Accepted { socket, peer }),
+        Err(error) => {
+            debug!(proxy.addr = %peer, %error, "cannot hand a connection over");
+            return;
+        }
+    };
+    let Err(Accepted { socket, peer }) = kept else {
+        return;
+    };
+    match TcpStream::from_std(socket) {
+        Ok(client) => adopt(worker, client, peer),
+        Err(error) => debug!(proxy.addr = %peer, %error, "cannot watch a connection"),
+    }
+}
+
 fn adopt(worker: &Rc<Worker>, client: TcpStream, peer: SocketAddr) {
     worker.counters.accepted.add(1);
     let proxy = ProxyAddr::new(peer);
-    let Some(live) = Live::new(worker) else {
-        let _named = worker.span.enter();
+    let Some(live) = Live::new(worker, proxy) else {
         worker.counters.refuse(Refusal::TooManyConnections);
-        worker.common.limiter.warn(
+        let _named = worker.span.enter();
+        report::warn_about(
+            worker,
             Subject::Refused(Refusal::TooManyConnections),
-            proxy,
-            None,
+            (proxy, None),
             &"refused: max-connections are open",
         );
         socket::reset_on_close(&client);
@@ -194,37 +254,57 @@ fn adopt(worker: &Rc<Worker>, client: TcpStream, peer: SocketAddr) {
     };
     tokio::task::spawn_local(Connection {
         live,
-        stage: Stage::Accepted(client, proxy),
+        stage: Stage::Accepted(client),
     });
 }
 
+/// One connection and the worker it belongs to.
+#[derive(Clone)]
+pub(super) struct Conn {
+    worker: Rc<Worker>,
+    pub(super) entry: Rc<Entry>,
+}
+
+impl Conn {
+    pub(super) fn worker(&self) -> &Rc<Worker> {
+        &self.worker
+    }
+}
+
+impl Deref for Conn {
+    type Target = Worker;
+
+    fn deref(&self) -> &Worker {
+        &self.worker
+    }
+}
+
 /// A place among the open connections.
-struct Live(Rc<Worker>);
+struct Live(Conn);
 
 impl Live {
-    fn new(worker: &Rc<Worker>) -> Option<Self> {
+    fn new(worker: &Rc<Worker>, proxy: ProxyAddr) -> Option<Self> {
         if !worker.may_open() {
             return None;
         }
         worker.counters.active.add(1);
-        Some(Self(Rc::clone(worker)))
+        Some(Self(Conn {
+            worker: Rc::clone(worker),
+            entry: worker
+                .registry
+                .enter(proxy, worker.common.settings.load_full()),
+        }))
     }
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
-        self.0.counters.active.sub_one();
-        if self.0.counters.active.get() == 0 {
-            self.0.empty.notify_waiters();
+        let Conn { worker, entry } = &self.0;
+        worker.registry.leave(entry, &worker.shared.recent);
+        worker.counters.active.sub_one();
+        if worker.counters.active.get() == 0 {
+            worker.empty.notify_waiters();
         }
-    }
-}
-
-impl Deref for Live {
-    type Target = Rc<Worker>;
-
-    fn deref(&self) -> &Rc<Worker> {
-        &self.0
     }
 }
 
@@ -237,9 +317,9 @@ struct Connection {
 }
 
 enum Stage {
-    Accepted(TcpStream, ProxyAddr),
+    Accepted(TcpStream),
     Slow(Slow),
-    Relaying(Ready),
+    Relaying(Pair),
     Over,
 }
 
@@ -248,31 +328,39 @@ impl Future for Connection {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let Self { stage, live } = &mut *self;
+        let conn = &live.0;
+        if conn.entry.is_killed() {
+            let _named = conn.span.enter();
+            kill(conn, stage);
+            *stage = Stage::Over;
+        }
         loop {
             match stage {
-                Stage::Accepted(..) => {
-                    let Stage::Accepted(client, proxy) = std::mem::replace(stage, Stage::Over)
-                    else {
+                Stage::Accepted(_) => {
+                    let Stage::Accepted(client) = std::mem::replace(stage, Stage::Over) else {
                         return Poll::Ready(());
                     };
-                    let _named = live.span.enter();
-                    *stage = match setup::begin(live, cx, client, proxy) {
-                        Begun::Ready(ready) => Stage::Relaying(ready),
+                    let _named = conn.span.enter();
+                    conn.registry.woken_by(&conn.entry, cx.waker());
+                    *stage = match setup::begin(conn, cx, client) {
+                        Begun::Ready(pair) => Stage::Relaying(pair),
                         Begun::Slow(slow) => Stage::Slow(slow),
                         Begun::Over => Stage::Over,
                     };
                 }
                 Stage::Slow(slow) => {
-                    let _named = live.span.enter();
+                    let _named = conn.span.enter();
                     *stage = match ready!(slow.as_mut().poll(cx)) {
-                        Some(ready) => Stage::Relaying(ready),
+                        Some(pair) => Stage::Relaying(pair),
                         None => Stage::Over,
                     };
                 }
-                Stage::Relaying(relaying) => {
-                    let end = ready!(relaying.pair.poll(cx, &live.shared()));
-                    let _named = live.span.enter();
-                    finish(live, relaying, end);
+                Stage::Relaying(pair) => {
+                    let outcome = pair.poll(cx, &conn.shared());
+                    conn.entry.moved(pair.bytes());
+                    let end = ready!(outcome);
+                    let _named = conn.span.enter();
+                    finish(conn, pair, end);
                     *stage = Stage::Over;
                 }
                 Stage::Over => return Poll::Ready(()),
@@ -281,36 +369,39 @@ impl Future for Connection {
     }
 }
 
-fn finish(worker: &Worker, relayed: &Ready, end: End) {
-    let Ready { pair, ends } = relayed;
-    let (bytes_in, bytes_out) = pair.bytes();
-    let (client_socket, target_socket) = pair.sockets();
-    match end {
-        End::Closed => trace!(
-            proxy.addr = %ends.proxy, client.addr = %ends.client, bytes.r#in = bytes_in, bytes.out = bytes_out,
-            "closed"
-        ),
+/// Ends a connection from outside: both sides are told that it did not end well.
+fn kill(conn: &Conn, stage: &Stage) {
+    conn.counters.killed.add(1);
+    conn.entry.ends(Reason::Killed);
+    if let Stage::Relaying(pair) = stage {
+        let (client, target) = pair.sockets();
+        socket::reset_on_close(client);
+        socket::reset_on_close(target);
+    }
+    report::ended(conn, None);
+}
+
+fn finish(conn: &Conn, pair: &Pair, end: End) {
+    let (client, target) = pair.sockets();
+    let (reason, error) = match end {
+        End::Closed => (Reason::Closed, None),
+        End::Idle => {
+            conn.counters.idle_ended.add(1);
+            (Reason::Idle, None)
+        }
         End::Broken { side, error } => {
-            worker.counters.resets.add(1);
+            conn.counters.resets.add(1);
             // a reset is passed on as a reset: an ordinary close would tell the other side that all is well
-            let (other, name) = match side {
-                Side::Client => (target_socket, "proxy"),
-                Side::Target => (client_socket, "service"),
+            let (other, reason) = match side {
+                Side::Client => (target, Reason::ProxyFailed),
+                Side::Target => (client, Reason::ServiceFailed),
             };
             socket::reset_on_close(other);
-            debug!(
-                proxy.addr = %ends.proxy, client.addr = %ends.client, bytes.r#in = bytes_in,
-                bytes.out = bytes_out, %error, "the {name}'s side failed, the other is reset"
-            );
+            (reason, Some(error))
         }
-        End::Idle => {
-            worker.counters.idle_ended.add(1);
-            debug!(
-                proxy.addr = %ends.proxy, client.addr = %ends.client, bytes.r#in = bytes_in,
-                bytes.out = bytes_out, "closed: idle timeout"
-            );
-        }
-    }
+    };
+    conn.entry.ends(reason);
+    report::ended(conn, error.as_ref());
 }
 
 #[cfg(test)]
@@ -319,9 +410,9 @@ mod tests {
 
     #[test]
     fn an_idle_connection_is_small() {
-        // tokio's own share per connection is two registrations and the task's header
+        // tokio's task around it is 112 bytes more, in steps of 128
         assert!(
-            size_of::<Connection>() <= 208,
+            size_of::<Connection>() <= 144,
             "a connection takes {} bytes",
             size_of::<Connection>()
         );

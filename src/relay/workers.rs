@@ -14,6 +14,7 @@ use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::{mpsc, oneshot};
 
 use super::copy::BUFFER;
+use super::registry::Recent;
 use super::splice::Pool;
 use super::udp::scratch::Scratch;
 
@@ -24,6 +25,8 @@ pub(super) struct Shared {
     pub(super) pipes: Pool,
     /// Taken for one round at a time.
     pub(super) datagrams: RefCell<Scratch>,
+    /// Connections that ended.
+    pub(super) recent: Recent,
 }
 
 /// Runs once on the thread, within its event loop: it may spawn local tasks, and does not block.
@@ -140,6 +143,7 @@ fn work(runtime: &LocalRuntime, mut queue: mpsc::UnboundedReceiver<Job>) {
         buffer: RefCell::new(vec![0; BUFFER].into_boxed_slice()),
         pipes: Pool::default(),
         datagrams: RefCell::default(),
+        recent: Recent::default(),
     });
     runtime.block_on(async {
         while let Some(job) = queue.recv().await {

@@ -8,12 +8,17 @@ mod chain;
 mod config;
 mod demo;
 mod header;
+mod manual;
 mod pathway;
 mod probe;
 mod relay;
 #[cfg(feature = "soak")]
 mod soak;
 mod supervisor;
+#[cfg(feature = "soak")]
+mod supervisor_soak;
+mod supervisor_systemd;
 mod support;
 mod systemd;
 mod udp;
+mod view;

@@ -105,6 +105,12 @@ pub(crate) fn interface(host: &Host, addresses: &[&str]) {
     });
     for address in addresses {
         host.address("eth0", address);
+        // the kernel enters an IPv6 address in the local table from a work queue
+        let own = address.split('/').next().unwrap_or(address);
+        wait_for("the local route of an address", || {
+            let routes = host.ip("route show table local") + &host.ip("-6 route show table local");
+            routes.contains(&format!("local {own} "))
+        });
     }
 }
 

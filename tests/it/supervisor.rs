@@ -412,6 +412,32 @@ fn an_upgrade_under_traffic_refuses_and_drops_nothing() {
 }
 
 #[test]
+fn an_upgrade_that_would_lose_an_instance_changes_nothing() {
+    let lab = Lab::new(&[9001, 9002]);
+    lab.instances(&[("a", 123, 2001, 9001), ("b", 124, 2002, 9002)]);
+    assert!(lab.ctl("pathway add-all").status.success());
+    let running = lab.run("--all");
+    // the new process would not start b on a pathway that is gone
+    assert!(lab.ctl("pathway del 124").status.success());
+    let output = lab.ctl("upgrade");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("mark 124, is not in place"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(lab.ctl("pathway add 124").status.success());
+    assert_eq!(lab.reload("all")["unchanged"], 2);
+    for (port, service) in [(2001, 9001), (2002, 9002)] {
+        assert_eq!(
+            lab.proxied(port, 39000 + port).expect("relayed").service,
+            service
+        );
+    }
+    drop(running);
+}
+
+#[test]
 fn an_upgrade_that_fails_changes_nothing() {
     let lab = Lab::new(&[9001]);
     lab.instances(&[("a", 123, 2001, 9001)]);
@@ -427,6 +453,71 @@ fn an_upgrade_that_fails_changes_nothing() {
     assert_eq!(lab.proxied(2001, 40001).expect("relayed").service, 9001);
     lab.instances(&[("a", 123, 2001, 9001)]);
     assert_eq!(lab.reload("all")["unchanged"], 1);
+    drop(running);
+}
+
+/// A service of one thread that can hold thousands of connections.
+fn echo_many(host: &Host, port: u16) {
+    let listener = host.enter(|| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("bind"));
+    listener.set_nonblocking(true).expect("non-blocking");
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .expect("a runtime");
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener).expect("listener");
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let (mut read, mut write) = stream.split();
+                    let greeting = format!("{port}\n");
+                    let greeted =
+                        tokio::io::AsyncWriteExt::write_all(&mut write, greeting.as_bytes());
+                    if greeted.await.is_ok() {
+                        // however it ends, the test sees it on its side
+                        let _ = tokio::io::copy(&mut read, &mut write).await;
+                    }
+                });
+            }
+        });
+    });
+}
+
+/// Holds connections over reloads that each change something, with new connections all the time.
+#[test]
+fn reloads_drop_and_refuse_nothing() {
+    let lab = Lab::new(&[]);
+    echo_many(&lab.host, 9001);
+    echo_many(&lab.host, 9002);
+    lab.instances(&[("a", 123, 2001, 9001)]);
+    let running = lab.run("--all --manage-pathways");
+    let mut open: Vec<Proxied> = (0..300)
+        .map(|number| lab.proxied(2001, 30000 + number).expect("relayed"))
+        .collect();
+    let traffic = Traffic::start(&lab, 2001);
+    traffic.flows();
+    for number in 0..12 {
+        match number % 4 {
+            0 => lab.instances(&[("a", 123, 2001, 9002)]),
+            1 => lab.instances(&[("a", 124, 2001, 9002), ("b", 123, 2002, 9001)]),
+            2 => lab.allow("127.0.0.1\n10.0.0.0/8\n"),
+            // another name on the same address: its sockets go on
+            _ => {
+                lab.allow("127.0.0.1\n");
+                lab.instances(&[("c", 123, 2001, 9001)]);
+            }
+        }
+        let changes = lab.reload("all");
+        assert_eq!(changes["failing"], serde_json::json!({}), "reload {number}");
+        if number % 4 == 3 {
+            lab.instances(&[("a", 123, 2001, 9001)]);
+            lab.reload("all");
+        }
+    }
+    traffic.finish();
+    for connection in &mut open {
+        connection.echo("still there");
+    }
     drop(running);
 }
 

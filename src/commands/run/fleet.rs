@@ -38,6 +38,8 @@ pub(super) enum ReloadError {
     Configuration(#[from] Diagnostics),
     #[error("cannot install the pathways")]
     Pathways(#[from] pathway::Error),
+    #[error("another process has taken over")]
+    Succeeded,
 }
 
 /// What a reload changed.
@@ -65,9 +67,11 @@ pub(super) struct Fleet {
     pub(super) supervisor: RefCell<Supervisor<Relay>>,
     directory: PathBuf,
     manage_pathways: bool,
-    specs: RefCell<Specs>,
+    pub(super) specs: RefCell<Specs>,
     /// Reloads and upgrades come one after the other.
     pub(super) turn: tokio::sync::Mutex<()>,
+    /// Whether another process has taken over: what is changed from here on is its business.
+    pub(super) succeeded: Cell<bool>,
     /// Whether READY=1 was said.
     ready: Cell<bool>,
 }
@@ -89,6 +93,7 @@ impl Fleet {
             manage_pathways,
             specs: RefCell::new(specs),
             turn: tokio::sync::Mutex::default(),
+            succeeded: Cell::new(false),
             ready: Cell::new(false),
         }
     }
@@ -97,8 +102,8 @@ impl Fleet {
     pub(super) async fn start(&self) -> Result<(), pathway::Error> {
         let configuration = Rc::clone(&self.world.configuration.borrow());
         if self.manage_pathways {
-            self.install(&used(&configuration, &self.specs.borrow()))
-                .await?;
+            let wanted = used(&configuration, &self.specs.borrow());
+            self.install(&wanted).await?;
         }
         let names: Vec<String> = self.specs.borrow().keys().cloned().collect();
         for name in &names {
@@ -137,6 +142,9 @@ impl Fleet {
     /// Reads the files and applies the difference; a mistake changes nothing.
     pub(super) async fn reload(&self) -> Result<Changes, ReloadError> {
         let _turn = self.turn.lock().await;
+        if self.succeeded.get() {
+            return Err(ReloadError::Succeeded);
+        }
         if self.ready.get() {
             systemd::reloading();
         }

@@ -14,10 +14,12 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
     sendmsg, socketpair,
@@ -25,8 +27,8 @@ use nix::sys::socket::{
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
-use super::listening::Listening;
 use crate::runtime_dir::Lock;
+use crate::socket::listening::Listening;
 
 /// Names the successor's end of the socket pair.
 const VARIABLE: &str = "MMPROXY_HANDOVER";
@@ -274,10 +276,27 @@ fn send(socket: &OwnedFd, message: &Message, descriptors: &[i32]) -> io::Result<
     Ok(())
 }
 
+/// Waits for a message, through signals: with `SO_RCVTIMEO` set, recvmsg(2) ends with EINTR even where
+/// handlers restart system calls (signal(7)), and a signal is no reason to give up a hand-over.
+fn await_readable(socket: &OwnedFd) -> io::Result<()> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let limit = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], limit) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
 /// One message with its descriptors, or `None` when the other end is closed.
 fn receive(socket: &OwnedFd) -> io::Result<Option<(Message, Vec<OwnedFd>)>> {
     let mut bytes = vec![0; MAX_MESSAGE];
     let mut space = nix::cmsg_space!([i32; MAX_DESCRIPTORS]);
+    await_readable(socket)?;
     let mut parts = [IoSliceMut::new(&mut bytes)];
     let received = recvmsg::<()>(
         socket.as_raw_fd(),

@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use tracing::{info, warn};
 
-use super::listening::{Listening, Place};
 use super::plan::Spec;
-use super::relaying::{Error, Server};
 use crate::config::Configuration;
 use crate::model::{Instance, Mark, Pathway};
 use crate::pathway;
+use crate::relay::server::{Error, Server};
 use crate::relay::workers::Workers;
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
+use crate::socket::listening::{Listening, Place};
 use crate::supervisor::Task;
 use crate::systemd;
 
@@ -144,7 +144,8 @@ async fn missing(pathways: &[Pathway]) -> anyhow::Result<BTreeMap<Mark, String>>
 /// A running relay and what goes with it.
 #[derive(Debug)]
 pub(super) struct Relay {
-    pub(super) server: Server,
+    pub(super) instance: Instance,
+    pub(super) server: Rc<Server>,
     lock: RefCell<Option<Lock>>,
 }
 
@@ -173,7 +174,8 @@ impl Relay {
             workers = world.workers.count(), listeners, "relaying"
         );
         Ok(Self {
-            server,
+            instance,
+            server: Rc::new(server),
             lock: RefCell::new(Some(lock)),
         })
     }

@@ -6,10 +6,10 @@
 use std::iter::Sum;
 use std::ops::AddAssign;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::relay::counters::{
-    ConnectFailed, ConnectFailure, Counter, Refusal, Refused, as_map, kinds,
+    self, ConnectFailed, ConnectFailure, Counter, Refusal, Refused, as_map, from_map, kinds,
 };
 
 kinds! {
@@ -59,6 +59,8 @@ kinds! {
         NoSocket = "no-socket",
         /// A header on its proxy address and port named another client (`udp-header=first`).
         Replaced = "replaced",
+        /// Somebody asked for it (`conns kill`).
+        Killed = "killed",
         /// The relay ends.
         Drained = "drained",
         /// The proxy went on with its client from another port; the socket went there too.
@@ -138,7 +140,7 @@ impl Counters {
 }
 
 /// A reading of counters, of one worker or summed over several. Fields as in [`Counters`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[expect(
     missing_docs,
     reason = "the fields are those of Counters, described there"
@@ -182,6 +184,25 @@ impl AddAssign for Totals {
         }
         for (sum, more) in self.ended.0.iter_mut().zip(other.ended.0) {
             *sum += more;
+        }
+    }
+}
+
+/// What TCP counts too: a flow is a connection, the datagrams that were refused are those refused.
+impl From<Totals> for counters::Totals {
+    fn from(udp: Totals) -> Self {
+        Self {
+            accepted: udp.flows_opened,
+            active: udp.flows,
+            relayed: udp.flows_opened,
+            bytes_to_target: udp.bytes_to_target,
+            bytes_to_client: udp.bytes_to_client,
+            ports_given_up: udp.ports_given_up,
+            idle_ended: udp.ended.of(Ended::Idle),
+            killed: udp.ended.of(Ended::Killed),
+            refused: udp.refused,
+            connect_failed: udp.open_failed,
+            ..Self::default()
         }
     }
 }
@@ -231,5 +252,17 @@ impl EndedBy {
 impl Serialize for EndedBy {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         as_map(to, Ended::ALL.map(Ended::name), self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for DroppedBy {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        Ok(Self(from_map(from, Dropped::ALL.map(Dropped::name))?))
+    }
+}
+
+impl<'de> Deserialize<'de> for EndedBy {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        Ok(Self(from_map(from, Ended::ALL.map(Ended::name))?))
     }
 }

@@ -129,24 +129,37 @@ pub(super) const NOBODY: u32 = u32::MAX;
 /// A flow, as all workers see it. Datagrams touch only atomics that its owner alone writes.
 #[derive(Debug)]
 pub(super) struct Flow {
+    /// Tells it from all other connections and flows of the process.
+    pub(super) id: u64,
     pub(super) route: Route,
+    /// When it began, in milliseconds since the relay's start.
+    pub(super) since: u64,
     /// The worker it belongs to. Changed under the registry's lock only; another worker may take it over.
     owner: AtomicU32,
     /// When it was last used, in milliseconds since the relay's start, as exact as the table has it.
     used: AtomicU64,
+    /// Payload bytes handed to the service.
+    to_target: AtomicU64,
+    /// Bytes of the service's answers.
+    to_client: AtomicU64,
     /// The spoofed, connected socket, once there was something to send.
     socket: Mutex<Option<Arc<UdpSocket>>>,
 }
 
 impl Flow {
     pub(super) fn new(
+        id: u64,
         route: Route,
         owner: u32,
         used: u64,
         socket: Option<Arc<UdpSocket>>,
     ) -> Arc<Self> {
         Arc::new(Self {
+            id,
             route,
+            since: used,
+            to_target: AtomicU64::new(0),
+            to_client: AtomicU64::new(0),
             owner: AtomicU32::new(owner),
             used: AtomicU64::new(used),
             socket: Mutex::new(socket),
@@ -159,6 +172,26 @@ impl Flow {
 
     pub(super) fn set_owner(&self, worker: u32) {
         self.owner.store(worker, Ordering::Release);
+    }
+
+    /// Bytes handed to the service and answered by it.
+    pub(super) fn bytes(&self) -> (u64, u64) {
+        (
+            self.to_target.load(Ordering::Relaxed),
+            self.to_client.load(Ordering::Relaxed),
+        )
+    }
+
+    /// Adds bytes handed to the service; for the owner only, so that a plain load and store do.
+    pub(super) fn sent(&self, bytes: u64) {
+        let sum = self.to_target.load(Ordering::Relaxed) + bytes;
+        self.to_target.store(sum, Ordering::Relaxed);
+    }
+
+    /// Adds bytes that the service answered; for the owner only.
+    pub(super) fn answered(&self, bytes: u64) {
+        let sum = self.to_client.load(Ordering::Relaxed) + bytes;
+        self.to_client.store(sum, Ordering::Relaxed);
     }
 
     pub(super) fn used(&self) -> u64 {

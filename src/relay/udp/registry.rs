@@ -19,6 +19,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::flow::{Flow, Key, NOBODY, Route};
 use crate::model::{ClientAddr, PortPolicy, TargetAddr};
+use crate::relay::registry::next_number;
 
 /// For how long a flow must have been silent, both ways, before its proxy's going on with the same client
 /// from another port takes its socket along, in milliseconds. Longer than any two ports of one proxy take
@@ -95,6 +96,8 @@ pub(super) struct Opened {
 
 #[derive(Debug, Default)]
 struct Inner {
+    /// How many flows there were: the lower half of their numbers.
+    begun: u32,
     by_key: HashMap<Key, Arc<Flow>>,
     /// Who has the socket with these two ends.
     by_pair: HashMap<(ClientAddr, TargetAddr), Arc<Flow>>,
@@ -107,6 +110,8 @@ struct Inner {
 /// All flows of a relay.
 #[derive(Debug)]
 pub(super) struct Registry {
+    /// The upper half of the flows' numbers.
+    number: u64,
     inner: Mutex<Inner>,
     mailboxes: Box<[Mailbox]>,
 }
@@ -125,6 +130,7 @@ impl Registry {
             })
         };
         Ok(Self {
+            number: next_number(),
             inner: Mutex::new(Inner {
                 flows: vec![0; workers].into(),
                 ..Inner::default()
@@ -192,7 +198,9 @@ impl Registry {
             true => self.pair(&mut inner, route, worker, now),
             false => (None, None, false),
         };
-        let flow = Flow::new(*route, worker, now, socket);
+        let id = self.number << 32 | u64::from(inner.begun);
+        inner.begun = inner.begun.wrapping_add(1);
+        let flow = Flow::new(id, *route, worker, now, socket);
         if !port_taken && keeps_port {
             let pair = (route.client, route.target);
             inner.by_pair.insert(pair, Arc::clone(&flow));

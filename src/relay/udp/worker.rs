@@ -13,15 +13,16 @@
 use std::io;
 use std::net::{IpAddr, UdpSocket};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tracing::{Span, info_span};
 
 use self::epoll::WaitableEpoll;
+use self::refusals::peers;
 use super::counters::{Counters, Ended};
 use super::datagram::Client;
 use super::flow::{Flow, Key, Path};
@@ -31,7 +32,8 @@ use super::table::{GRAIN, Id, Table};
 use super::{Phase, Settings};
 use crate::model::ClientAddr;
 use crate::relay::batch::SegmentLimit;
-use crate::relay::report::{self, Limiter, Subject};
+use crate::relay::report::{self, LastError, Limiter, Subject};
+use crate::relay::view::Query;
 use crate::relay::workers::Shared;
 
 mod epoll;
@@ -39,6 +41,7 @@ mod inbound;
 mod lifecycle;
 mod outbound;
 mod refusals;
+mod view;
 
 /// How many datagrams one flow's answers may take of a batch before the next flow's turn.
 const BATCH_OF_ONE: usize = 32;
@@ -65,6 +68,7 @@ pub(super) struct Common {
     /// Every worker's.
     pub(super) counters: Vec<Arc<Counters>>,
     pub(super) limiter: Limiter,
+    pub(super) last_error: Mutex<Option<LastError>>,
     pub(super) registry: Registry,
     pub(super) started: Instant,
 }
@@ -169,7 +173,11 @@ impl Worker {
     ///
     /// # Errors
     /// When a listener or the epoll instance fails for good.
-    pub(super) async fn run(mut self, mut phase: watch::Receiver<Phase>) -> io::Result<()> {
+    pub(super) async fn run(
+        mut self,
+        mut phase: watch::Receiver<Phase>,
+        mut queries: mpsc::UnboundedReceiver<Query>,
+    ) -> io::Result<()> {
         let mut draining_since = None;
         loop {
             let mut rounds = 0;
@@ -177,6 +185,9 @@ impl Worker {
                 rounds += 1;
                 if rounds % ROUNDS == 0 {
                     tokio::task::yield_now().await;
+                    while let Ok(query) = queries.try_recv() {
+                        self.answer(&query);
+                    }
                 }
             }
             // a sender that is gone means that the server was dropped
@@ -200,6 +211,7 @@ impl Worker {
                 waited = self.epoll.wait() => waited?,
                 () = tokio::time::sleep(patience.unwrap_or_default()), if patience.is_some() => {}
                 _ = phase.changed(), if !draining => {}
+                Some(query) = queries.recv() => self.answer(&query),
             }
         }
     }
@@ -297,12 +309,9 @@ impl Worker {
                 && !held.answered
             {
                 self.counters.flows_unanswered.add(1);
-                self.common.limiter.warn(
-                    Subject::Unanswered,
-                    held.flow.route.path.proxy(),
-                    Some(&held.flow.route.client),
-                    &report::unanswered(held.flow.route.target, self.settings.mark),
-                );
+                let route = held.flow.route;
+                let message = report::unanswered(route.target, self.settings.mark);
+                self.say(Subject::Unanswered, peers(&route), &message);
             }
             self.finish(id, Ended::Idle);
         }

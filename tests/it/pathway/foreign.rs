@@ -255,6 +255,31 @@ fn a_table_that_is_not_ours_is_refused() {
     }
 }
 
+/// What every TPROXY guide says to type: a route like ours, untagged, and a rule that is not the scripts'.
+#[test]
+fn the_table_of_a_tproxy_setup_is_not_taken_for_the_scripts() {
+    for rule in [
+        "rule add fwmark 100 lookup 100",
+        "-6 rule add fwmark 100 lookup 100",
+        "rule add fwmark 100 ipproto tcp lookup 100",
+    ] {
+        let host = Host::new("tproxy");
+        host.ip(rule);
+        let ip = if rule.starts_with("-6") { "-6 " } else { "" };
+        host.ip(&format!("{ip}route add local default dev lo table 100"));
+        let before = listing(&host);
+        let (code, out, err) = ctl(&host, "pathway add 100");
+        assert_eq!((code, out.as_str()), (1, ""), "{rule}");
+        assert!(err.contains("table 100 is not free for mark 100"), "{err}");
+        assert_eq!(ctl(&host, "pathway del 100").0, 0);
+        assert_same(&listing(&host), &before, "listing");
+        host.write("etc/pathways.conf", "100 table=500\n");
+        assert_eq!(ctl(&host, "pathway add 100").0, 0);
+        assert_eq!(ctl(&host, "pathway del 100").0, 0);
+        assert_same(&listing(&host), &before, "listing");
+    }
+}
+
 #[test]
 fn two_marks_do_not_share_a_table() {
     let host = Host::new("clash");

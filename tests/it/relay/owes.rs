@@ -1,7 +1,6 @@
 //! What the relay owes the routing scheme, point by point.
 
 use std::io::Write;
-use std::net::TcpStream;
 
 use mmproxyctl::model::{ClientAddr, Mark, PortPolicy, TargetAddr};
 use mmproxyctl::relay::counters::Refusal;
@@ -10,8 +9,8 @@ use mmproxyctl::relay::settings::Settings;
 use mmproxyctl::socket::{self, Spoof, SpoofError};
 
 use super::lab::{
-    Lab, MARK, Relay, SOON, Service, announce, announce_v1, assert_closed, exchange,
-    install_pathway, settings, sockets_to,
+    Lab, MARK, Relay, Service, announce, announce_v1, assert_closed, exchange, install_pathway,
+    settings, sockets_to,
 };
 use crate::support::net::{Host, wait_for};
 
@@ -223,47 +222,6 @@ fn a_client_port_that_a_listener_has_is_given_up() {
     assert_eq!(peer.ip().to_string(), "192.0.2.7");
     assert_ne!(peer.port(), taken.addr.port());
     assert_eq!(relay.totals().ports_given_up, 1);
-}
-
-/// Point 5: with `port=keep` each spoofed port is gone for the host's own connections, with `port=any` none is.
-#[test]
-fn port_any_leaves_the_hosts_own_ports_alone() {
-    const PORTS: std::ops::Range<u16> = 40_000..40_010;
-    for (port, own_connections_work) in [(PortPolicy::Any, true), (PortPolicy::Keep, false)] {
-        let lab = Lab::new();
-        let service = Service::echo(&lab.wks, "127.0.0.1:2222");
-        let other = Service::echo(&lab.vps, "10.0.0.2:7777");
-        let relay = Relay::start_at(
-            &lab.wks,
-            "10.0.0.1:3333",
-            1,
-            Settings {
-                port,
-                ..settings(&[service.addr])
-            },
-        );
-        lab.wks
-            .sysctl("net.ipv4.ip_local_port_range", "40000 40009");
-        let open: Vec<_> = PORTS
-            .map(|port| {
-                let client = format!("192.0.2.7:{port}");
-                let mut stream = lab.connect(&relay, &client);
-                exchange(&mut stream, b"hello");
-                let peer = service.peer();
-                assert_eq!(peer.ip().to_string(), "192.0.2.7");
-                stream
-            })
-            .collect();
-        assert_eq!(relay.totals().ports_given_up, 0);
-        let own = lab
-            .wks
-            .enter(|| TcpStream::connect_timeout(&other.addr, SOON));
-        assert_eq!(own.is_ok(), own_connections_work, "{port:?}: {own:?}");
-        if let Err(error) = own {
-            assert_eq!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL));
-        }
-        drop(open);
-    }
 }
 
 /// Point 6: a client that reconnects at once with the same port finds its tuple in TIME_WAIT here.

@@ -318,6 +318,7 @@ fn a_reset_during_a_blocked_transfer() {
 #[test]
 fn the_idle_timeout_is_exact() {
     const LIMIT: Duration = Duration::from_millis(300);
+    const SLACK: Duration = Duration::from_secs(1);
     let lab = Lab::new();
     let service = Service::echo(&lab.wks, "127.0.0.1:0");
     let relay = Relay::start(
@@ -333,14 +334,12 @@ fn the_idle_timeout_is_exact() {
         exchange(&mut stream, b"busy");
         std::thread::sleep(LIMIT / 5);
     }
+    let before = Instant::now();
     exchange(&mut stream, b"last");
-    let last = Instant::now();
+    let after = Instant::now();
     assert_eq!(stream.read(&mut [0; 64]).unwrap(), 0);
-    let idle = last.elapsed();
-    // a timer's granularity is a millisecond
-    assert!(
-        idle + Duration::from_millis(2) >= LIMIT && idle < LIMIT * 2,
-        "{idle:?}"
-    );
+    // not a moment early; late by no more than a busy machine makes it
+    assert!(before.elapsed() >= LIMIT, "{:?}", before.elapsed());
+    assert!(after.elapsed() < LIMIT + SLACK, "{:?}", after.elapsed());
     assert_eq!(relay.totals().idle_ended, 1);
 }

@@ -47,11 +47,6 @@ impl Host {
         host
     }
 
-    /// The host's name in messages.
-    pub(crate) fn name(&self) -> &'static str {
-        self.name
-    }
-
     /// A directory of this host's own, removed with it: configuration, logs, runtime files.
     pub(crate) fn dir(&self) -> &Path {
         self.scratch.path()

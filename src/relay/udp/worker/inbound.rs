@@ -17,6 +17,9 @@ use crate::relay::udp::flow::{Key, Path};
 use crate::relay::udp::scratch::{NONE, Queued};
 use crate::relay::udp::table::Id;
 
+/// How much of a datagram that cannot be passed on is looked at, to say what it is.
+const SHOWN: usize = 512;
+
 impl Worker {
     pub(super) fn read_listener(&mut self, at: usize) -> io::Result<()> {
         for _ in 0..TURNS {
@@ -138,8 +141,8 @@ impl Worker {
                 }
             },
             Err(error) => {
-                let bytes = bytes.to_vec();
-                self.unfit(path, error, &bytes);
+                let beginning = bytes[..bytes.len().min(SHOWN)].to_vec();
+                self.unfit(path, error, &beginning);
                 return;
             }
         };
@@ -268,6 +271,7 @@ impl Worker {
         };
         self.counters.datagrams_to_target.add(sent.datagrams);
         self.counters.bytes_to_target.add(sent.bytes);
+        held.flow.sent(sent.bytes);
         if let Some(error) = &sent.error {
             let down = error.kind() == io::ErrorKind::ConnectionRefused;
             self.not_sent(&sent, Some(id));

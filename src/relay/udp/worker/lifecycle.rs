@@ -6,6 +6,7 @@ use std::sync::Arc;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use tracing::{debug, trace, warn};
 
+use super::refusals::peers;
 use super::{Held, Worker, client_of};
 use crate::model::{PortPolicy, UdpHeader};
 use crate::relay::client;
@@ -185,12 +186,7 @@ impl Worker {
             Err(Ok(error)) => {
                 self.counters.open_failed(error.kind);
                 let message = error.message(route.target, &self.settings);
-                self.common.limiter.warn(
-                    Subject::ConnectFailed(error.kind),
-                    route.path.proxy(),
-                    Some(&route.client),
-                    &message,
-                );
+                self.say(Subject::ConnectFailed(error.kind), peers(route), &message);
                 if self.settings.header != UdpHeader::First {
                     self.finish(id, Ended::NoSocket);
                 }
@@ -234,10 +230,9 @@ impl Worker {
         };
         let route = held.flow.route;
         let message = format_args!("the service at {} is down: ICMP says so", route.target);
-        self.common.limiter.warn(
+        self.say(
             Subject::Dropped(Dropped::ServiceDown),
-            route.path.proxy(),
-            Some(&route.client),
+            peers(&route),
             &message,
         );
         if self.settings.header == UdpHeader::First {

@@ -109,6 +109,7 @@ fn gather(
         counters.lose(Dropped::Truncated, 1);
         return;
     }
+    held.flow.answered(length as u64);
     let route = &held.flow.route;
     let envelope = route.path.answer(control.tos);
     if let Some(header) = &route.spp {

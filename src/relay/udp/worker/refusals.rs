@@ -1,6 +1,7 @@
 //! What is not relayed: counted, and said as often as the limiter lets it.
 
 use std::fmt;
+use std::sync::{Arc, PoisonError};
 
 use tracing::debug;
 
@@ -9,11 +10,11 @@ use crate::model::{ClientAddr, ProxyAddr};
 use crate::relay::batch::Sent;
 use crate::relay::counters::Refusal;
 use crate::relay::header::HeaderError;
-use crate::relay::report::{self, Subject};
+use crate::relay::report::{self, Said, Subject, WINDOW};
 use crate::relay::spp;
 use crate::relay::udp::counters::Dropped;
 use crate::relay::udp::datagram::DatagramError;
-use crate::relay::udp::flow::Path;
+use crate::relay::udp::flow::{Path, Route};
 use crate::relay::udp::table::Id;
 
 impl Worker {
@@ -51,10 +52,7 @@ impl Worker {
         message: &dyn fmt::Display,
     ) {
         self.counters.refuse(kind);
-        let client = client.as_ref().map(|client| client as &dyn fmt::Display);
-        self.common
-            .limiter
-            .warn(Subject::Refused(kind), proxy, client, message);
+        self.say(Subject::Refused(kind), (proxy, client), message);
     }
 
     pub(super) fn drop_datagram(
@@ -65,10 +63,7 @@ impl Worker {
         message: &dyn fmt::Display,
     ) {
         self.counters.lose(kind, 1);
-        let client = client.as_ref().map(|client| client as &dyn fmt::Display);
-        self.common
-            .limiter
-            .warn(Subject::Dropped(kind), path.proxy(), client, message);
+        self.say(Subject::Dropped(kind), (path.proxy(), client), message);
     }
 
     pub(super) fn not_sent(&self, sent: &Sent, flow: Option<Id>) {
@@ -86,17 +81,42 @@ impl Worker {
         match route {
             Some(route) => {
                 let message = format_args!("dropped: cannot send to {}: {error}", route.target);
-                let client = Some(&route.client as &dyn fmt::Display);
-                self.common.limiter.warn(
-                    Subject::Dropped(kind),
-                    route.path.proxy(),
-                    client,
-                    &message,
-                );
+                self.say(Subject::Dropped(kind), peers(&route), &message);
             }
             None => {
                 debug!(%error, datagrams = sent.failed, "answers dropped: cannot send to a proxy")
             }
         }
     }
+
+    /// One line, as often as the limiter lets it.
+    pub(super) fn say(
+        &self,
+        subject: Subject,
+        peers: (ProxyAddr, Option<ClientAddr>),
+        message: &dyn fmt::Display,
+    ) {
+        let common = &self.common;
+        match common.limiter.say(subject, peers, message) {
+            Said::Warned(error) => {
+                let last = &common.last_error;
+                *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            }
+            Said::HeldBack(None) => {}
+            Said::HeldBack(Some(key)) => {
+                let (common, span) = (Arc::clone(common), self.span.clone());
+                let message = message.to_string();
+                tokio::task::spawn_local(async move {
+                    tokio::time::sleep(WINDOW).await;
+                    let _named = span.enter();
+                    common.limiter.settle(key, peers.0, &message);
+                });
+            }
+        }
+    }
+}
+
+/// Whom a line about a flow is about.
+pub(super) fn peers(route: &Route) -> (ProxyAddr, Option<ClientAddr>) {
+    (route.path.proxy(), Some(route.client))
 }

@@ -3,31 +3,41 @@
 use std::io;
 use std::sync::Arc;
 
-use super::listening::Listening;
+use super::counters::Totals;
+use super::report::LastError;
+use super::settings::Settings;
+use super::view::Query;
+use super::workers::Workers;
+use super::{tcp, udp};
 use crate::model::{AllowList, Instance, Protocol};
-use crate::relay::settings::Settings;
-use crate::relay::workers::Workers;
-use crate::relay::{tcp, udp};
+use crate::socket::listening::Listening;
 
 /// A running relay.
 #[derive(Debug)]
-pub(super) enum Server {
+pub enum Server {
+    /// Of connections.
     Tcp(tcp::Server),
+    /// Of datagrams.
     Udp(udp::Server),
 }
 
 /// Why one could not start, or ended by itself.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Error {
+pub enum Error {
+    /// Of connections.
     #[error(transparent)]
     Tcp(#[from] tcp::Error),
+    /// Of datagrams.
     #[error(transparent)]
     Udp(#[from] udp::Error),
 }
 
 impl Server {
     /// Starts the relay of an instance on sockets of its protocol; others are closed.
-    pub(super) fn start(
+    ///
+    /// # Errors
+    /// When descriptors run out.
+    pub fn start(
         workers: &Workers,
         sockets: Vec<Listening>,
         instance: &Instance,
@@ -57,7 +67,10 @@ impl Server {
     }
 
     /// Its sockets, once more, for whoever listens next; none once it drains.
-    pub(super) fn listeners(&self) -> io::Result<Vec<Listening>> {
+    ///
+    /// # Errors
+    /// When descriptors run out.
+    pub fn listeners(&self) -> io::Result<Vec<Listening>> {
         Ok(match self {
             Self::Tcp(server) => {
                 let listeners = server.listeners()?.into_iter();
@@ -71,14 +84,15 @@ impl Server {
     }
 
     /// Treats what comes from here on by the instance's new line, of the same protocol.
-    pub(super) fn set(&self, instance: &Instance, allow: Arc<AllowList>) {
+    pub fn set(&self, instance: &Instance, allow: Arc<AllowList>) {
         match self {
             Self::Tcp(server) => server.set(Settings::of(instance, allow)),
             Self::Udp(server) => server.set(udp::Settings::of(instance, allow)),
         }
     }
 
-    pub(super) fn drain(&self) {
+    /// Takes nothing new from here on.
+    pub fn drain(&self) {
         match self {
             Self::Tcp(server) => server.drain(),
             Self::Udp(server) => server.drain(),
@@ -86,15 +100,51 @@ impl Server {
     }
 
     /// Connections or flows there are now.
-    pub(super) fn active(&self) -> u64 {
+    pub fn active(&self) -> u64 {
         match self {
             Self::Tcp(server) => server.totals().active,
             Self::Udp(server) => server.totals().flows,
         }
     }
 
-    /// Waits until everything has ended. Cancel-safe.
-    pub(super) async fn ended(&self) -> Result<(), Error> {
+    /// What both protocols count; flows count as connections.
+    pub fn totals(&self) -> Totals {
+        match self {
+            Self::Tcp(server) => server.totals(),
+            Self::Udp(server) => server.totals().into(),
+        }
+    }
+
+    /// What UDP counts beyond that.
+    pub fn datagrams(&self) -> Option<udp::counters::Totals> {
+        match self {
+            Self::Tcp(_) => None,
+            Self::Udp(server) => Some(server.totals()),
+        }
+    }
+
+    /// What was last said about a peer that was not served.
+    pub fn last_error(&self) -> Option<LastError> {
+        match self {
+            Self::Tcp(server) => server.last_error(),
+            Self::Udp(server) => server.last_error(),
+        }
+    }
+
+    /// Asks every worker about connections or flows. Each answers once, in its turn; the reply's receiver ends
+    /// after the last.
+    pub fn ask(&self, query: &Query) {
+        match self {
+            Self::Tcp(server) => server.ask(query),
+            Self::Udp(server) => server.ask(query),
+        }
+    }
+
+    /// Waits until everything has ended, after a drain, or until it fails. Cancel-safe.
+    ///
+    /// # Errors
+    /// The first worker's that failed.
+    pub async fn ended(&self) -> Result<(), Error> {
         match self {
             Self::Tcp(server) => server.ended().await?,
             Self::Udp(server) => server.ended().await?,

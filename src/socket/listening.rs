@@ -7,30 +7,35 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use socket2::{Domain, Socket, Type};
 
+use super::udp::udp_listeners;
+use super::{Failure, ListenError, adopt_listener, tcp_listeners};
 use crate::model::{ListenAddr, Protocol};
-use crate::socket::udp::udp_listeners;
-use crate::socket::{self, ListenError};
 
 /// A bound socket.
 #[derive(Debug)]
-pub(super) enum Listening {
+pub enum Listening {
+    /// Listening.
     Tcp(TcpListener),
+    /// Not connected.
     Udp(UdpSocket),
 }
 
 /// What tells for which instances a socket is.
-pub(super) type Place = (Protocol, SocketAddr);
+pub type Place = (Protocol, SocketAddr);
 
 impl Listening {
     /// Binds `count` sockets; also whether the address is on no interface yet.
-    pub(super) fn bind(
+    ///
+    /// # Errors
+    /// When the address is taken or cannot be bound.
+    pub fn bind(
         protocol: Protocol,
         addr: ListenAddr,
         count: NonZeroUsize,
     ) -> Result<(Vec<Self>, bool), ListenError> {
         Ok(match protocol {
             Protocol::Tcp => {
-                let bound = socket::tcp_listeners(addr, count)?;
+                let bound = tcp_listeners(addr, count)?;
                 let sockets = bound.sockets.into_iter().map(Self::Tcp).collect();
                 (sockets, bound.address_missing)
             }
@@ -44,27 +49,35 @@ impl Listening {
 
     /// A descriptor that came from outside, or `None` when it is neither a listening TCP socket nor a UDP
     /// socket that is bound and not connected.
-    pub(super) fn from_descriptor(descriptor: OwnedFd) -> anyhow::Result<Option<Self>> {
+    ///
+    /// # Errors
+    /// When the kernel tells nothing about it, or refuses what a listener needs.
+    pub fn from_descriptor(descriptor: OwnedFd) -> Result<Option<Self>, Failure> {
+        let ask = "ask what a descriptor is";
         let socket = Socket::from(descriptor);
-        let domain = socket.domain()?;
+        let domain = socket.domain().map_err(Failure::at(ask))?;
         if domain != Domain::IPV4 && domain != Domain::IPV6 {
             return Ok(None);
         }
-        let kind = socket.r#type()?;
-        if kind == Type::STREAM && socket.is_listener()? {
+        let kind = socket.r#type().map_err(Failure::at(ask))?;
+        if kind == Type::STREAM && socket.is_listener().map_err(Failure::at(ask))? {
             let listener = TcpListener::from(socket);
-            socket::adopt_listener(&listener)?;
+            adopt_listener(&listener)?;
             return Ok(Some(Self::Tcp(listener)));
         }
         if kind == Type::DGRAM && socket.peer_addr().is_err() {
             let socket = UdpSocket::from(socket);
-            return Ok((socket.local_addr()?.port() != 0).then_some(Self::Udp(socket)));
+            let bound = socket.local_addr().map_err(Failure::at(ask))?.port() != 0;
+            return Ok(bound.then_some(Self::Udp(socket)));
         }
         Ok(None)
     }
 
     /// Where it listens.
-    pub(super) fn place(&self) -> io::Result<Place> {
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn place(&self) -> io::Result<Place> {
         Ok(match self {
             Self::Tcp(listener) => (Protocol::Tcp, listener.local_addr()?),
             Self::Udp(socket) => (Protocol::Udp, socket.local_addr()?),

@@ -1,0 +1,118 @@
+//! Whether the pathways are in place: looked at when asked, not more often than every few seconds,
+//! because a look reads all rules, routes and the firewall.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+
+use crate::model::{Mark, Pathway};
+use crate::pathway;
+
+/// How old an answer may be.
+const FRESH: Duration = Duration::from_secs(5);
+
+/// A pathway of an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathwayReport {
+    /// Its mark.
+    pub mark: u32,
+    /// What people call it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Whether it is in place.
+    pub state: PathwayState,
+    /// Each missing piece; or, where the state is unknown, why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub findings: Vec<String>,
+}
+
+/// Whether a pathway is in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PathwayState {
+    /// All of it.
+    InPlace,
+    /// Something is missing.
+    Incomplete,
+    /// It could not be looked at.
+    Unknown,
+}
+
+impl PathwayState {
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::InPlace => "in place",
+            Self::Incomplete => "incomplete",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// What a look found: findings by mark, or why there was none.
+#[derive(Debug)]
+pub(super) struct Seen {
+    wanted: Vec<Pathway>,
+    at: Instant,
+    found: Result<BTreeMap<u32, Vec<String>>, String>,
+}
+
+impl Seen {
+    /// About one pathway that was looked at.
+    pub(super) fn of(&self, mark: Mark, pathway: Option<&Pathway>) -> PathwayReport {
+        let (state, findings) = match (&self.found, pathway) {
+            (Err(why), _) => (PathwayState::Unknown, vec![why.clone()]),
+            (Ok(_), None) => (PathwayState::Unknown, Vec::new()),
+            (Ok(found), Some(_)) => match found.get(&mark.get()) {
+                None => (PathwayState::InPlace, Vec::new()),
+                Some(findings) => (PathwayState::Incomplete, findings.clone()),
+            },
+        };
+        PathwayReport {
+            mark: mark.get(),
+            name: pathway.and_then(|pathway| pathway.name.clone()),
+            state,
+            findings,
+        }
+    }
+}
+
+/// Remembers the last look.
+#[derive(Debug, Default)]
+pub(super) struct Watch(Mutex<Option<Arc<Seen>>>);
+
+impl Watch {
+    /// A look that is fresh enough. Those who ask meanwhile wait for the same one.
+    pub(super) async fn look(&self, wanted: impl Iterator<Item = &Pathway>) -> Arc<Seen> {
+        let by_mark: BTreeMap<_, _> = wanted.map(|one| (one.mark.get(), one)).collect();
+        let wanted: Vec<Pathway> = by_mark.into_values().cloned().collect();
+        let mut last = self.0.lock().await;
+        if let Some(seen) = &*last
+            && seen.at.elapsed() < FRESH
+            && seen.wanted == wanted
+        {
+            return Arc::clone(seen);
+        }
+        let found = match pathway::check(&wanted).await {
+            Ok(findings) => {
+                let mut by_mark: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+                for finding in findings {
+                    let of = by_mark.entry(finding.mark.get()).or_default();
+                    of.push(finding.to_string());
+                }
+                Ok(by_mark)
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        let seen = Arc::new(Seen {
+            wanted,
+            at: Instant::now(),
+            found,
+        });
+        *last = Some(Arc::clone(&seen));
+        seen
+    }
+}

@@ -1,0 +1,216 @@
+//! `mmproxy.service`, all instances in one process, under a real systemd and under traffic.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crate::chain::deployment::{CLIENT4, Deployment, VPS01, WKS01_PRIVATE};
+use crate::support::net::wait_for;
+use crate::systemd::Systemd;
+
+const UNIT: &str = "mmproxy";
+
+/// One connection as HAProxy makes it, and one request over it.
+fn fetch(client_port: u16) -> std::io::Result<()> {
+    let addr = (
+        WKS01_PRIVATE
+            .parse::<std::net::IpAddr>()
+            .expect("an address"),
+        8443,
+    )
+        .into();
+    let mut stream = TcpStream::connect_timeout(&addr, Duration::from_secs(10))?;
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    write!(
+        stream,
+        "PROXY TCP4 {CLIENT4} 192.0.2.5 {client_port} 443\r\n\
+         GET / HTTP/1.1\r\nHost: wks01\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let wanted = format!("{CLIENT4} {client_port}");
+    if answer.ends_with(&wanted) {
+        return Ok(());
+    }
+    Err(std::io::Error::other(format!(
+        "'{answer}' does not end with '{wanted}'"
+    )))
+}
+
+/// Requests without a pause from vps01, straight to the relay: HAProxy would try again and hide a refusal.
+struct Traffic {
+    stop: Arc<AtomicBool>,
+    served: Arc<AtomicU64>,
+    thread: JoinHandle<Result<(), String>>,
+}
+
+impl Traffic {
+    fn start(lab: &Deployment) -> Self {
+        let (stop, served) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
+        let (stopped, counted, vps01) = (Arc::clone(&stop), Arc::clone(&served), lab.vps01.clone());
+        let thread = std::thread::spawn(move || {
+            vps01.enter(|| {
+                for port in (10000..60000).cycle() {
+                    if stopped.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    fetch(port).map_err(|error| format!("request from port {port}: {error}"))?;
+                    counted.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(())
+            })
+        });
+        Self {
+            stop,
+            served,
+            thread,
+        }
+    }
+
+    fn flows(&self) {
+        let before = self.served.load(Ordering::Relaxed);
+        wait_for("requests to be served", || {
+            self.thread.is_finished() || self.served.load(Ordering::Relaxed) > before + 20
+        });
+    }
+
+    fn finish(self) {
+        self.flows();
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread
+            .join()
+            .expect("traffic")
+            .expect("every request is served");
+    }
+}
+
+fn override_unit(systemd: &Systemd, text: &str) {
+    systemd.run("mkdir -p /etc/systemd/system/mmproxy.service.d");
+    let file = "/etc/systemd/system/mmproxy.service.d/test.conf";
+    systemd.run_script(&format!("printf '[Service]\\n{text}\\n' >{file}"));
+    systemd.run("systemctl daemon-reload");
+}
+
+#[test]
+fn reload_restart_and_upgrade_under_traffic() {
+    let lab = Deployment::new();
+    let (sshd, _web) = (lab.sshd(), lab.web_server());
+    let _proxies = lab.haproxies();
+    let systemd = Systemd::boot(&lab.wks01);
+    let verified =
+        systemd.try_run("systemd-analyze verify --man=no /etc/systemd/system/mmproxy.service");
+    let said = String::from_utf8_lossy(&verified.stderr).into_owned();
+    assert!(verified.status.success() && said.is_empty(), "{said}");
+
+    systemd.run("systemctl enable mmproxy-pathways mmproxy");
+    systemd.run("systemctl start multi-user.target");
+    systemd.wait_active(&[UNIT]);
+    assert_eq!(
+        systemd.show(UNIT, "StatusText"),
+        "relaying 3 of 3 instances"
+    );
+    let status = systemd.run(&format!(
+        "cat /proc/{}/status",
+        systemd.show(UNIT, "MainPID")
+    ));
+    let uid = status
+        .lines()
+        .find(|line| line.starts_with("Uid:"))
+        .expect("Uid");
+    assert!(!uid.contains("\t0"), "{uid}");
+
+    // an instance runs once: the other unit says so and leaves it alone
+    systemd.run("systemctl start --no-block mmproxy@vps01-ssh");
+    wait_for("the other unit to say who runs it", || {
+        systemd
+            .journal()
+            .contains("vps01-ssh: already running, pid")
+    });
+
+    let traffic = Traffic::start(&lab);
+    traffic.flows();
+
+    // reload: a good one, and one with a mistake that is shown to whoever asked
+    let pid = systemd.show(UNIT, "MainPID");
+    systemd.run_script("sed -i '/router01-ssh/d' /etc/mmproxy/instances.tsv");
+    systemd.run("systemctl reload mmproxy");
+    assert_eq!(
+        systemd.show(UNIT, "StatusText"),
+        "relaying 2 of 2 instances"
+    );
+    systemd.run_script(
+        "cp /etc/mmproxy/instances.tsv /tmp/good; echo nonsense >>/etc/mmproxy/instances.tsv",
+    );
+    assert!(!systemd.try_run("systemctl reload mmproxy").status.success());
+    assert!(
+        systemd.journal().contains("nonsense"),
+        "{}",
+        systemd.journal()
+    );
+    assert_eq!(systemd.show(UNIT, "ActiveState"), "active");
+    assert_eq!(systemd.show(UNIT, "MainPID"), pid);
+    systemd.run_script("cat /tmp/good >/etc/mmproxy/instances.tsv");
+
+    // restart: systemd keeps the sockets, nobody is refused
+    assert_ne!(systemd.show(UNIT, "NFileDescriptorStore"), "0");
+    systemd.run("systemctl restart mmproxy");
+    assert_ne!(systemd.show(UNIT, "MainPID"), pid);
+    traffic.flows();
+
+    // upgrade: the session outlives its process's being the main one
+    let mut session = sshd.login(&lab.client, VPS01[0], 22001, Some((CLIENT4, 44001)));
+    assert_eq!(session.client, (CLIENT4.to_owned(), 44001));
+    for number in 0..2 {
+        let pid = systemd.show(UNIT, "MainPID");
+        // as a package manager replaces it: another file under the same name
+        systemd.run_script(
+            "cp /usr/local/bin/mmproxyctl /tmp/new; mv /tmp/new /usr/local/bin/mmproxyctl",
+        );
+        systemd.run("mmproxyctl upgrade all");
+        wait_for("systemd to know the new main process", || {
+            systemd.show(UNIT, "MainPID") != pid
+        });
+        session.echo(&format!("over upgrade {number}"));
+        traffic.flows();
+        assert_eq!(systemd.show(UNIT, "ActiveState"), "active");
+        assert_eq!(systemd.show(UNIT, "NRestarts"), "0");
+    }
+    systemd.run("systemctl reload mmproxy");
+    let executable = format!("readlink /proc/{}/exe", systemd.show(UNIT, "MainPID"));
+    assert_eq!(systemd.run(&executable), "/usr/local/bin/mmproxyctl\n");
+    traffic.finish();
+    session.echo("to the end");
+    session.close();
+    systemd.run("systemctl stop mmproxy");
+    assert_eq!(
+        systemd.show(UNIT, "Result"),
+        "success",
+        "{}",
+        systemd.journal()
+    );
+}
+
+#[test]
+fn a_stopped_process_is_killed_by_the_watchdog() {
+    let lab = Deployment::new();
+    let _web = lab.web_server();
+    let systemd = Systemd::boot(&lab.wks01);
+    override_unit(&systemd, "WatchdogSec=1\\nRestartSec=100ms");
+    systemd.run("systemctl start mmproxy");
+    let pid = systemd.show(UNIT, "MainPID");
+    // pings keep it alive for longer than the limit
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(systemd.show(UNIT, "MainPID"), pid, "{}", systemd.journal());
+    systemd.run(&format!("kill -STOP {pid}"));
+    wait_for("the watchdog", || {
+        systemd.show(UNIT, "NRestarts") == "1" && systemd.show(UNIT, "ActiveState") == "active"
+    });
+    assert_ne!(systemd.show(UNIT, "MainPID"), pid);
+    lab.vps01.enter(|| fetch(40001)).expect("served again");
+}
