@@ -388,9 +388,18 @@ pub struct ProbeArgs {
     /// documentation address of the client's family]
     #[arg(long, value_name = "ADDR:PORT", value_parser = endpoint, conflicts_with = "nobody")]
     pub destination: Option<SocketAddr>,
-    /// The header's form: 1 is a line of text, 2 is binary [default: 2]
-    #[arg(long, value_name = "1|2", value_parser = clap::value_parser!(u8).range(1..=2))]
-    pub version: Option<u8>,
+    /// The header's form: 1 is a line of text, 2 is binary, spp is Simple Proxy Protocol (UDP) [default: 2]
+    #[arg(long, value_name = "1|2|spp", hide_possible_values = true)]
+    pub version: Option<HeaderForm>,
+    /// Over UDP: stdin is one datagram, with the header in front
+    #[arg(long)]
+    pub udp: bool,
+    /// The header on the first datagram only, as Spectrum and Traefik send it; alone if stdin is empty
+    #[arg(long, requires = "udp")]
+    pub first: bool,
+    /// Each line of stdin is a datagram, without its line end; so is each answer on stdout
+    #[arg(long, requires = "udp")]
+    pub lines: bool,
     /// Send LOCAL, as a health check of the proxy's own does (version 2)
     #[arg(long, group = "nobody", conflicts_with = "client")]
     pub local: bool,
@@ -408,10 +417,15 @@ pub struct ProbeArgs {
     #[arg(long)]
     pub crc32c: bool,
     /// Send the header in so many pieces, each a segment of its own
-    #[arg(long, value_name = "PIECES", default_value = "1")]
+    #[arg(
+        long,
+        value_name = "PIECES",
+        default_value = "1",
+        conflicts_with = "udp"
+    )]
     pub split: std::num::NonZeroUsize,
     /// The pause between two pieces
-    #[arg(long, value_name = "DURATION", default_value = "20ms", value_parser = parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "20ms", value_parser = parse_duration, conflicts_with = "udp")]
     pub split_delay: Duration,
     /// Spoil the header, to see that it is refused
     #[arg(long, value_name = "HOW")]
@@ -430,8 +444,23 @@ Examples:
       sshd's banner, with 192.0.2.7 in its log
   printf 'GET / HTTP/1.0\\r\\n\\r\\n' | mmproxyctl probe [fd00::1]:8080 --client [2001:db8::7]:40000 --version 1
       the page, asked for by 2001:db8::7
+  echo hello | mmproxyctl probe 100.64.0.1:7 --client 192.0.2.7:40000 --udp --lines
+      the answer to one datagram
 
 Exit code 0 when the other end answered or closed in order, 1 when it refused, reset or kept silent.";
+
+/// The form of a header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum HeaderForm {
+    /// PROXY, a line of text
+    #[value(name = "1")]
+    V1,
+    /// PROXY, binary
+    #[value(name = "2")]
+    V2,
+    /// Simple Proxy Protocol
+    Spp,
+}
 
 /// What `probe --corrupt` does to a header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

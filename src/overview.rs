@@ -17,7 +17,8 @@ use crate::control::messages::{Conns, Request, Response};
 use crate::model::{Family, Instance, Pathway};
 use crate::relay::counters::Totals;
 use crate::relay::report::LastError;
-use crate::relay::tcp::Server;
+use crate::relay::server::Server;
+use crate::relay::udp::counters as udp;
 use crate::relay::view::{Ask, Connection, Filter, Query};
 
 pub use pathways::{PathwayReport, PathwayState};
@@ -110,8 +111,11 @@ pub struct InstanceReport {
     /// What it is doing.
     #[serde(flatten)]
     pub standing: Standing,
-    /// Everything counted since it started.
+    /// Everything counted since it started; flows count as connections.
     pub totals: Totals,
+    /// What a UDP instance counts beyond that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub datagrams: Option<udp::Totals>,
     /// The same per second, over the last few seconds.
     pub rates: Rates,
     /// What last went wrong with a connection.
@@ -194,6 +198,7 @@ impl Overview {
                     standing: subject.standing.clone(),
                     rates: self.rates.rates(instance.name.as_str(), now, &totals),
                     totals,
+                    datagrams: subject.datagrams(),
                     last_error: subject
                         .servers
                         .iter()
@@ -243,6 +248,14 @@ impl Overview {
 impl Subject {
     fn totals(&self) -> Totals {
         self.servers.iter().map(|server| server.totals()).sum()
+    }
+
+    fn datagrams(&self) -> Option<udp::Totals> {
+        let counted = self.servers.iter().filter_map(|server| server.datagrams());
+        counted.reduce(|mut sum, one| {
+            sum += one;
+            sum
+        })
     }
 }
 

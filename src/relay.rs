@@ -9,6 +9,7 @@
 //! One connection: `worker` (accept, limits) → `setup` (allowed proxy? [`header`], `client`, spoofed
 //! connect) → `copy` and `splice` (both ways, half-close, resets).
 
+mod batch;
 mod client;
 mod copy;
 pub mod counters;
@@ -16,11 +17,14 @@ pub mod header;
 pub mod histogram;
 mod registry;
 pub mod report;
+pub mod server;
 pub mod settings;
 mod setup;
 mod splice;
+pub mod spp;
 mod spread;
 pub mod tcp;
+pub mod udp;
 pub mod view;
 mod worker;
 pub mod workers;

@@ -17,6 +17,9 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::model::{ClientAddr, Family, ListenAddr, Mark, PortPolicy, TargetAddr};
 
+pub mod listening;
+pub mod udp;
+
 /// What is asked of the kernel for connections: the system's own limit (`net.core.somaxconn`) cuts it.
 const BACKLOG: i32 = i32::MAX;
 

@@ -4,12 +4,10 @@
 //! Must not know: what the sockets are for.
 
 use std::io;
-use std::net::TcpListener;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
-use socket2::{Domain, Socket, Type};
 use tracing::warn;
 
 /// How many descriptors the kernel takes with one message (`SCM_MAX_FD`).
@@ -38,7 +36,7 @@ fn stores() -> bool {
 
 /// Has the service manager keep listening sockets over a restart, under a name (`FileDescriptorStoreMax=`
 /// permitting). It recognises what it has already.
-pub fn store(name: &str, listeners: &[TcpListener]) {
+pub fn store(name: &str, listeners: &[impl AsFd]) {
     if !stores() {
         return;
     }
@@ -84,16 +82,6 @@ pub fn passed() -> io::Result<Vec<Passed>> {
         descriptor: unsafe { OwnedFd::from_raw_fd(number) },
     });
     Ok(passed.collect())
-}
-
-/// A passed descriptor as a listening TCP socket, or `None` when it is something else.
-pub fn tcp_listener(descriptor: OwnedFd) -> Option<TcpListener> {
-    let socket = Socket::from(descriptor);
-    let domain = socket.domain().ok()?;
-    let fits = socket.r#type().ok()? == Type::STREAM
-        && (domain == Domain::IPV4 || domain == Domain::IPV6)
-        && socket.is_listener().ok()?;
-    fits.then(|| TcpListener::from(socket))
 }
 
 /// How often the service manager wants to hear that all is well, where it does: twice in its time limit.

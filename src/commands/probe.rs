@@ -1,6 +1,7 @@
 //! `probe`: be the proxy. Connects, sends a header, then passes stdin and stdout.
 
 mod header;
+mod udp;
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
@@ -17,6 +18,9 @@ use crate::cli::{Corruption, Global, ProbeArgs};
 /// Runs the verb.
 pub(super) fn run(global: &Global, args: ProbeArgs) -> anyhow::Result<ExitCode> {
     let header = header::build(&args)?;
+    if args.udp {
+        return udp::run(global, &args, &header);
+    }
     let pieces = split(&header, args.split.get())?;
     let stream = connect(args.relay, args.source, args.timeout)?;
     let local = stream.local_addr().context("cannot read the own address")?;

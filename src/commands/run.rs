@@ -40,11 +40,12 @@ use crate::cli::{Global, RunArgs};
 use crate::config::{self, Configuration};
 use crate::control::messages::{Request, Response};
 use crate::control::{client, server};
-use crate::model::Protocol;
 use crate::relay::counters::Totals;
+use crate::relay::udp::counters as udp;
 use crate::relay::workers::Workers;
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
 use crate::socket;
+use crate::socket::listening::Listening;
 use crate::supervisor::Task;
 use crate::systemd;
 
@@ -177,7 +178,7 @@ fn select(configuration: &Configuration, args: &RunArgs) -> anyhow::Result<Selec
         return Ok(Selection::All);
     }
     for name in &args.instances {
-        let Some(instance) = configuration.instance(name) else {
+        if configuration.instance(name).is_none() {
             let known: Vec<_> = configuration
                 .instances
                 .iter()
@@ -194,12 +195,6 @@ fn select(configuration: &Configuration, args: &RunArgs) -> anyhow::Result<Selec
             ))
             .into());
         };
-        if instance.options.protocol == Protocol::Udp {
-            return Err(UsageError(format!(
-                "instance {name} has protocol=udp, which this version does not relay"
-            ))
-            .into());
-        }
     }
     Ok(Selection::Named(args.instances.clone()))
 }
@@ -207,29 +202,30 @@ fn select(configuration: &Configuration, args: &RunArgs) -> anyhow::Result<Selec
 /// Sockets of a socket unit, or from systemd's store, belong to the instance of their name.
 fn take_passed(world: &World, passed: Vec<systemd::Passed>) -> anyhow::Result<()> {
     for systemd::Passed { name, descriptor } in passed {
-        let Some(listener) = systemd::tcp_listener(descriptor) else {
+        let listening = Listening::from_descriptor(descriptor)
+            .with_context(|| format!("cannot use the socket that systemd passed for {name}"))?;
+        let Some(listening) = listening else {
             warn!(
                 name,
-                "systemd passed a descriptor that is no listening TCP socket: closed"
+                "systemd passed a descriptor that is neither a listening TCP socket nor a UDP socket: closed"
             );
             systemd::forget(&name);
             continue;
         };
-        let addr = listener
-            .local_addr()
+        let (protocol, addr) = listening
+            .place()
             .context("a passed socket has no address")?;
         let configuration = world.configuration.borrow();
         match configuration.instance(&name) {
-            Some(instance) if instance.listen.get() == addr => {
-                socket::adopt_listener(&listener).with_context(|| {
-                    format!("cannot use the socket that systemd passed for {name}")
-                })?;
-                world.offer(listener);
+            Some(instance)
+                if (instance.options.protocol, instance.listen.get()) == (protocol, addr) =>
+            {
+                world.offer(listening);
             }
             Some(instance) => {
                 warn!(
-                    instance = name, listen = %instance.listen, passed = %addr,
-                    "the socket that systemd passed has another address than instances.tsv: closed"
+                    instance = name, listen = %instance.listen, passed = %addr, %protocol,
+                    "the socket that systemd passed has another address or protocol than instances.tsv: closed"
                 );
                 systemd::forget(&name);
             }
@@ -482,6 +478,7 @@ impl Process {
             "stopping: no new connections"
         );
         self.drain(signals, drain_timeout).await;
+        let (totals, datagrams) = totals;
         info!(
             connections = totals.accepted,
             refused = totals.refused.all(),
@@ -490,6 +487,18 @@ impl Process {
             bytes.out = totals.bytes_to_client,
             "stopped"
         );
+        if let Some(udp) = datagrams {
+            info!(
+                flows = udp.flows_opened,
+                datagrams.r#in = udp.datagrams_to_target,
+                datagrams.out = udp.datagrams_to_client,
+                dropped = udp.dropped.all(),
+                overflow.r#in = udp.overflow_from_proxy,
+                overflow.out = udp.overflow_from_target,
+                unanswered = udp.flows_unanswered,
+                "datagrams"
+            );
+        }
     }
 
     async fn drain(&self, signals: &mut Signals, limit: Duration) {
@@ -525,15 +534,24 @@ impl Process {
         }
     }
 
-    /// Of the relays that run now.
-    fn totals(&self) -> Totals {
+    /// Of the relays that run now; and what UDP counts beyond that, where there is UDP.
+    fn totals(&self) -> (Totals, Option<udp::Totals>) {
         let supervisor = self.fleet.supervisor.borrow();
-        self.fleet
-            .statuses()
-            .iter()
-            .filter_map(|(name, _)| supervisor.task(name))
-            .map(|relay| relay.server.totals())
-            .sum()
+        let statuses = self.fleet.statuses();
+        let servers = || {
+            let running = statuses
+                .iter()
+                .filter_map(|(name, _)| supervisor.task(name));
+            running.map(|relay| Rc::clone(&relay.server))
+        };
+        let datagrams = servers().filter_map(|server| server.datagrams());
+        (
+            servers().map(|server| server.totals()).sum(),
+            datagrams.reduce(|mut sum, one| {
+                sum += one;
+                sum
+            }),
+        )
     }
 }
 

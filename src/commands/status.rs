@@ -14,6 +14,7 @@ use crate::cli::{Global, StatusArgs};
 use crate::overview::{InstanceReport, PathwayState, Process, State};
 use crate::relay::counters::{ConnectFailure, Refusal, Totals};
 use crate::relay::report::LastError;
+use crate::relay::udp::counters::{Dropped, Ended as EndedFlow};
 
 /// For how long an error is mentioned below the table.
 const RECENT: Duration = Duration::from_secs(15 * 60);
@@ -230,6 +231,24 @@ fn in_full(process: &Process, one: &InstanceReport) -> String {
             byte_rate(one.rates.bytes_to_client)
         ),
     );
+    if let Some(udp) = &one.datagrams {
+        line(
+            "datagrams",
+            format!(
+                "{} to the target, {} to clients",
+                udp.datagrams_to_target, udp.datagrams_to_client
+            ),
+        );
+        let dropped = Dropped::ALL.map(|kind| (kind.name(), udp.dropped.of(kind)));
+        line("dropped", kinds(&dropped));
+        let overflows = [
+            ("from proxies", udp.overflow_from_proxy),
+            ("from the target", udp.overflow_from_target),
+        ];
+        line("overflow", kinds(&overflows));
+        let flows = EndedFlow::ALL.map(|kind| (kind.name(), udp.ended.of(kind)));
+        line("flows", kinds(&flows));
+    }
     let refused = Refusal::ALL.map(|kind| (kind.name(), totals.refused.of(kind)));
     line("refused", kinds(&refused));
     let failed = ConnectFailure::ALL.map(|kind| (kind.name(), totals.connect_failed.of(kind)));

@@ -9,7 +9,7 @@ use super::options::Options;
 use super::source::{Source, Word};
 use crate::model::{InstanceOptions, PortPolicy, Protocol, UdpHeader, ValueError, parse_duration};
 
-const OPTIONS: [&str; 9] = [
+const OPTIONS: [&str; 11] = [
     "protocol",
     "udp-header",
     "idle-timeout",
@@ -19,6 +19,8 @@ const OPTIONS: [&str; 9] = [
     "listeners",
     "port",
     "max-connections",
+    "max-flows",
+    "max-flows-per-proxy",
 ];
 
 /// The most listeners an instance may have: beyond one a core they only cost.
@@ -64,6 +66,8 @@ fn read(source: &Source, given: &Options<'_>, found: &mut Diagnostics) -> Instan
             .value("port", str::parse::<PortPolicy>, found)
             .unwrap_or(default.port),
         max_connections: given.value("max-connections", parse_count, found),
+        max_flows: given.value("max-flows", parse_count, found),
+        max_flows_per_proxy: given.value("max-flows-per-proxy", parse_count, found),
     };
     // with a protocol= that is itself a mistake, which options fit it is anyone's guess
     if protocol.is_some() || given.word("protocol").is_none() {
@@ -88,8 +92,14 @@ fn check_protocol(
     found: &mut Diagnostics,
 ) {
     let (strangers, needs): (&[&str], Protocol) = match protocol {
-        Protocol::Tcp => (&["udp-header"], Protocol::Udp),
-        Protocol::Udp => (&["header-timeout", "connect-timeout"], Protocol::Tcp),
+        Protocol::Tcp => (
+            &["udp-header", "max-flows", "max-flows-per-proxy"],
+            Protocol::Udp,
+        ),
+        Protocol::Udp => (
+            &["header-timeout", "connect-timeout", "max-connections"],
+            Protocol::Tcp,
+        ),
     };
     for (key, word) in strangers
         .iter()
@@ -135,7 +145,7 @@ fn parse_count(text: &str) -> Result<NonZeroU32, ValueError> {
         .filter(|_| !text.starts_with('+'))
         .ok_or_else(|| {
             ValueError::new(
-                format!("'{text}' is not a number of connections"),
+                format!("'{text}' is not a number of connections or flows"),
                 format!("a number from 1 to {}", u32::MAX),
             )
         })

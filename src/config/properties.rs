@@ -118,10 +118,11 @@ fn options() -> impl Strategy<Value = InstanceOptions> {
         prop::option::of("[a-z]{1,8}\\.txt".prop_map(PathBuf::from)),
         count(1024),
         prop::sample::select(vec![PortPolicy::Keep, PortPolicy::Any]),
-        count(u32::MAX),
+        (count(u32::MAX), count(u32::MAX), count(u32::MAX)),
     )
         .prop_map(
-            |(udp, udp_header, idle, header, connect, allow, listeners, port, max_connections)| {
+            |(udp, udp_header, idle, header, connect, allow, listeners, port, limits)| {
+                let (max_connections, max_flows, max_flows_per_proxy) = limits;
                 let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
                 let default = InstanceOptions::defaults(protocol);
                 InstanceOptions {
@@ -137,7 +138,9 @@ fn options() -> impl Strategy<Value = InstanceOptions> {
                     allow,
                     listeners,
                     port,
-                    max_connections,
+                    max_connections: max_connections.filter(|_| !udp),
+                    max_flows: max_flows.filter(|_| udp),
+                    max_flows_per_proxy: max_flows_per_proxy.filter(|_| udp),
                 }
             },
         )

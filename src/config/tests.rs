@@ -546,7 +546,7 @@ error: unknown option 'timeout'
  --> /etc/mmproxy/instances.tsv:1:37
   |
 1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
-  |                                                       ^^^^^^^ expected one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=
+  |                                                       ^^^^^^^ expected one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=
 
 error: nothing between two commas, or behind the last
  --> /etc/mmproxy/instances.tsv:1:37
@@ -566,7 +566,7 @@ error: 'x' is not an option
  --> /etc/mmproxy/instances.tsv:1:68
   |
 1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
-  |                                                                                      ^ expected key=value, the key one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=
+  |                                                                                      ^ expected key=value, the key one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=
 "#]]
     );
     assert_data_eq!(
@@ -642,7 +642,7 @@ error: '0' is not a number of listeners
 1 | ...,header-timeout=1s,connect-timeout=0s,listeners=0,max-connections=many,allow=
   |                                                    ^ expected a number from 1 to 1024
 
-error: 'many' is not a number of connections
+error: 'many' is not a number of connections or flows
  --> /etc/mmproxy/instances.tsv:1:117
   |
 1 | ...ect-timeout=0s,listeners=0,max-connections=many,allow=

@@ -4,6 +4,8 @@
 //! one name for one thing with the kinds as a label. Every kind is there from the first scrape on, at 0:
 //! `rate()` sees the first one only if it saw the 0 before.
 
+mod datagrams;
+
 use std::collections::HashMap;
 use std::fmt;
 use std::time::Duration;
@@ -20,6 +22,7 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::overview::{InstanceReport, PathwayReport, PathwayState, Process, State};
 use crate::relay::counters::{ConnectFailure, Refusal, Totals};
 use crate::relay::histogram::{BOUNDS, Distribution};
+use crate::relay::udp::counters as udp;
 
 /// Writes a process down.
 pub(super) fn write(process: Process) -> Result<String, fmt::Error> {
@@ -106,6 +109,25 @@ impl Writer<'_, '_> {
         })
     }
 
+    /// A counter of UDP instances by instance and one more label.
+    fn datagrams_by<const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: impl Fn(&udp::Totals) -> [(&'static str, u64); N],
+    ) -> fmt::Result {
+        self.family((name, help), None, MetricType::Counter, |family, all| {
+            for one in all {
+                let counted = one.datagrams.as_ref().map(&values);
+                for (kind, value) in counted.into_iter().flatten() {
+                    family.counter([("instance", &one.name), (label, kind)], value)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
     fn gauge(&mut self, name: &str, help: &str, value: fn(&Totals) -> u64) -> fmt::Result {
         self.family((name, help), None, MetricType::Gauge, |family, all| {
             all.iter()
@@ -147,7 +169,8 @@ impl Collector for Snapshot {
         of_process(&mut writer, process)?;
         of_instances(&mut writer)?;
         of_pathways(&mut writer)?;
-        of_connections(&mut writer)
+        of_connections(&mut writer)?;
+        datagrams::write(&mut writer)
     }
 }
 

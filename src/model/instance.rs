@@ -187,9 +187,15 @@ pub struct InstanceOptions {
     pub port: PortPolicy,
     /// `max-connections=`; `None` is no limit but the descriptors'.
     pub max_connections: Option<NonZeroU32>,
+    /// `max-flows=`: UDP's max-connections; beyond it the flow that has been silent for longest ends.
+    pub max_flows: Option<NonZeroU32>,
+    /// `max-flows-per-proxy=`: of these, how many from one proxy address; three quarters unless said.
+    pub max_flows_per_proxy: Option<NonZeroU32>,
 }
 
 impl InstanceOptions {
+    /// How many UDP flows there may be.
+    pub const DEFAULT_MAX_FLOWS: NonZeroU32 = NonZeroU32::new(65_536).unwrap();
     /// What a proxy gets to send its header; the specification recommends at least 3 s.
     pub const DEFAULT_HEADER_TIMEOUT: Duration = Duration::from_secs(5);
     /// What a target gets to accept.
@@ -212,6 +218,8 @@ impl InstanceOptions {
             listeners: None,
             port: PortPolicy::default(),
             max_connections: None,
+            max_flows: None,
+            max_flows_per_proxy: None,
         }
     }
 }
@@ -229,6 +237,8 @@ impl fmt::Display for InstanceOptions {
             listeners,
             port,
             max_connections,
+            max_flows,
+            max_flows_per_proxy,
         } = self;
         let default = Self::defaults(*protocol);
         let mut words = Vec::new();
@@ -258,6 +268,12 @@ impl fmt::Display for InstanceOptions {
         }
         if let Some(count) = max_connections {
             words.push(format!("max-connections={count}"));
+        }
+        if let Some(count) = max_flows {
+            words.push(format!("max-flows={count}"));
+        }
+        if let Some(count) = max_flows_per_proxy {
+            words.push(format!("max-flows-per-proxy={count}"));
         }
         f.write_str(&words.join(","))
     }

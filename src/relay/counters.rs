@@ -35,6 +35,7 @@ macro_rules! kinds {
         }
     };
 }
+pub(super) use kinds;
 
 kinds! {
     /// Why a connection was closed without a word to the service.
@@ -180,8 +181,8 @@ impl Counters {
             header_wait: self.header_wait.read(),
             connect_time: self.connect_time.read(),
             accept_pauses: self.accept_pauses.get(),
-            refused: Refused(std::array::from_fn(|at| self.refused[at].get())),
-            connect_failed: ConnectFailed(std::array::from_fn(|at| self.connect_failed[at].get())),
+            refused: Refused::from_counters(&self.refused),
+            connect_failed: ConnectFailed::from_counters(&self.connect_failed),
         }
     }
 }
@@ -229,12 +230,8 @@ impl AddAssign for Totals {
         self.header_wait += other.header_wait;
         self.connect_time += other.connect_time;
         self.accept_pauses += other.accept_pauses;
-        for (sum, more) in self.refused.0.iter_mut().zip(other.refused.0) {
-            *sum += more;
-        }
-        for (sum, more) in self.connect_failed.0.iter_mut().zip(other.connect_failed.0) {
-            *sum += more;
-        }
+        self.refused += other.refused;
+        self.connect_failed += other.connect_failed;
     }
 }
 
@@ -251,7 +248,19 @@ impl Sum for Totals {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Refused([u64; Refusal::ALL.len()]);
 
+impl AddAssign for Refused {
+    fn add_assign(&mut self, other: Self) {
+        for (sum, more) in self.0.iter_mut().zip(other.0) {
+            *sum += more;
+        }
+    }
+}
+
 impl Refused {
+    pub(super) fn from_counters(counters: &[Counter; Refusal::ALL.len()]) -> Self {
+        Self(std::array::from_fn(|at| counters[at].get()))
+    }
+
     /// How many of this kind.
     pub fn of(&self, kind: Refusal) -> u64 {
         self.0[kind as usize]
@@ -273,7 +282,19 @@ impl Serialize for Refused {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ConnectFailed([u64; ConnectFailure::ALL.len()]);
 
+impl AddAssign for ConnectFailed {
+    fn add_assign(&mut self, other: Self) {
+        for (sum, more) in self.0.iter_mut().zip(other.0) {
+            *sum += more;
+        }
+    }
+}
+
 impl ConnectFailed {
+    pub(super) fn from_counters(counters: &[Counter; ConnectFailure::ALL.len()]) -> Self {
+        Self(std::array::from_fn(|at| counters[at].get()))
+    }
+
     /// How many of this kind.
     pub fn of(&self, kind: ConnectFailure) -> u64 {
         self.0[kind as usize]
@@ -305,7 +326,7 @@ impl<'de> Deserialize<'de> for ConnectFailed {
 }
 
 /// The reverse of [`as_map`]; what another version counts and this one does not know is an error.
-fn from_map<'de, D: Deserializer<'de>, const N: usize>(
+pub(super) fn from_map<'de, D: Deserializer<'de>, const N: usize>(
     from: D,
     names: [&'static str; N],
 ) -> Result<[u64; N], D::Error> {
@@ -317,7 +338,7 @@ fn from_map<'de, D: Deserializer<'de>, const N: usize>(
     Ok(counts)
 }
 
-fn as_map<S: Serializer, const N: usize>(
+pub(super) fn as_map<S: Serializer, const N: usize>(
     to: S,
     names: [&'static str; N],
     counts: [u64; N],

@@ -305,11 +305,16 @@ struct Open {
     waker: Option<Waker>,
 }
 
+/// The upper half of the numbers that a relay gives its connections or flows, once.
+pub(super) fn next_number() -> u64 {
+    static NUMBER: AtomicU64 = AtomicU64::new(1);
+    NUMBER.fetch_add(1, Ordering::Relaxed)
+}
+
 impl Default for Registry {
     fn default() -> Self {
-        static NUMBER: AtomicU64 = AtomicU64::new(1);
         Self {
-            number: NUMBER.fetch_add(1, Ordering::Relaxed),
+            number: next_number(),
             next: Cell::new(0),
             open: RefCell::default(),
         }

@@ -19,13 +19,15 @@ use tracing::{debug, warn};
 use super::counters::{ConnectFailure, Refusal};
 use super::header::{self, HeaderError};
 use super::settings::Settings;
+use super::udp::counters::Dropped;
 use super::view::Reason;
 use super::worker::{Conn, Worker};
 use crate::model::{ClientAddr, Family, Mark, ProxyAddr, TargetAddr};
+use crate::socket::udp::{Bound, udp_bound};
 use crate::socket::{Failure, SpoofError};
 
 /// The time in which a subject may use up its lines.
-const WINDOW: Duration = Duration::from_secs(10);
+pub(super) const WINDOW: Duration = Duration::from_secs(10);
 /// How many lines of one kind about one address are said in that time.
 const BURST: u32 = 5;
 /// How many kinds and addresses are told apart; beyond that they share one allowance per kind.
@@ -37,6 +39,10 @@ pub(super) enum Subject {
     Refused(Refusal),
     ConnectFailed(ConnectFailure),
     AcceptPaused,
+    /// A datagram.
+    Dropped(Dropped),
+    /// Flows that got no answer.
+    Unanswered,
 }
 
 /// What was last said about a relay's connections.
@@ -61,7 +67,7 @@ pub(super) struct Limiter {
 }
 
 /// A kind of line, and the address it is about; none when there are too many to tell apart.
-type Key = (Subject, Option<IpAddr>);
+pub(super) type Key = (Subject, Option<IpAddr>);
 
 #[derive(Debug)]
 struct Window {
@@ -77,6 +83,15 @@ pub(super) enum Admission {
     Say(u64),
     /// Hold it back; for the first of a window, [`Limiter::settle`] this key when the window is over.
     HoldBack(Option<Key>),
+}
+
+/// What became of a line.
+#[derive(Debug)]
+pub(super) enum Said {
+    /// It was said, and is the last error.
+    Warned(LastError),
+    /// It was held back; for the first of a window, [`Limiter::settle`] this key when the window is over.
+    HeldBack(Option<Key>),
 }
 
 impl Limiter {
@@ -107,8 +122,52 @@ impl Limiter {
         Admission::Say(std::mem::take(&mut window.held_back))
     }
 
+    /// One line about a peer, as a warning unless there were too many like it.
+    pub(super) fn say(
+        &self,
+        subject: Subject,
+        (proxy, client): (ProxyAddr, Option<ClientAddr>),
+        message: &dyn fmt::Display,
+    ) -> Said {
+        let (proxy_addr, client_addr) = (display(proxy), client.map(display));
+        match self.admit(subject, proxy.ip(), Instant::now()) {
+            Admission::Say(more) => {
+                warn!(
+                    proxy.addr = proxy_addr,
+                    client.addr = client_addr,
+                    "{message}{}",
+                    AndMore(more)
+                );
+                Said::Warned(LastError {
+                    at: SystemTime::now()
+                        .duration_since(UNIX_EPOCH)
+                        .map_or(0, |since| since.as_secs()),
+                    proxy: proxy.get(),
+                    client: client.map(ClientAddr::get),
+                    message: message.to_string(),
+                })
+            }
+            Admission::HoldBack(first) => {
+                debug!(
+                    proxy.addr = proxy_addr,
+                    client.addr = client_addr,
+                    "{message}"
+                );
+                Said::HeldBack(first)
+            }
+        }
+    }
+
+    /// Says how many were held back even if none like them follows; to be called [`WINDOW`] after the first.
+    pub(super) fn settle(&self, key: Key, proxy: ProxyAddr, message: &str) {
+        let more = self.held_back(key);
+        if more > 0 {
+            warn!(proxy.ip = %proxy.ip(), "and {more} more like it: {message}");
+        }
+    }
+
     /// How many were held back and not mentioned since; they are as good as mentioned by this.
-    fn settle(&self, key: Key) -> u64 {
+    fn held_back(&self, key: Key) -> u64 {
         let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         windows
             .get_mut(&key)
@@ -157,55 +216,22 @@ pub(super) fn warn(conn: &Conn, subject: Subject, message: &dyn fmt::Display) {
 pub(super) fn warn_about(
     worker: &Rc<Worker>,
     subject: Subject,
-    (proxy, client): (ProxyAddr, Option<ClientAddr>),
+    peers: (ProxyAddr, Option<ClientAddr>),
     message: &dyn fmt::Display,
 ) {
-    let (proxy_addr, client_addr) = (display(proxy), client.map(display));
-    match worker
-        .common
-        .limiter
-        .admit(subject, proxy.ip(), Instant::now())
-    {
-        Admission::Say(more) => {
-            warn!(
-                proxy.addr = proxy_addr,
-                client.addr = client_addr,
-                "{message}{}",
-                AndMore(more)
-            );
-            worker.remember(LastError {
-                at: SystemTime::now()
-                    .duration_since(UNIX_EPOCH)
-                    .map_or(0, |since| since.as_secs()),
-                proxy: proxy.get(),
-                client: client.map(ClientAddr::get),
-                message: message.to_string(),
+    let limiter = &worker.common.limiter;
+    match limiter.say(subject, peers, message) {
+        Said::Warned(error) => worker.remember(error),
+        Said::HeldBack(None) => {}
+        Said::HeldBack(Some(key)) => {
+            let (worker, message) = (Rc::clone(worker), message.to_string());
+            tokio::task::spawn_local(async move {
+                tokio::time::sleep(WINDOW).await;
+                let _named = worker.span.enter();
+                worker.common.limiter.settle(key, peers.0, &message);
             });
         }
-        Admission::HoldBack(first) => {
-            debug!(
-                proxy.addr = proxy_addr,
-                client.addr = client_addr,
-                "{message}"
-            );
-            if let Some(key) = first {
-                settle_later(worker, key, proxy, message.to_string());
-            }
-        }
     }
-}
-
-/// Says how many were held back even if none like them follows.
-fn settle_later(worker: &Rc<Worker>, key: Key, proxy: ProxyAddr, message: String) {
-    let worker = Rc::clone(worker);
-    tokio::task::spawn_local(async move {
-        tokio::time::sleep(WINDOW).await;
-        let more = worker.common.limiter.settle(key);
-        if more > 0 {
-            let _named = worker.span.enter();
-            warn!(proxy.ip = %proxy.ip(), "and {more} more like it: {message}");
-        }
-    });
 }
 
 /// The line about a relayed connection that is over.
@@ -237,6 +263,27 @@ pub(super) fn bad_header(error: HeaderError, bytes: &[u8]) -> String {
     format!(
         "refused: {what}: the proxy sends no PROXY header: add send-proxy (HAProxy) or proxy_protocol on (nginx) there"
     )
+}
+
+/// A datagram that begins no header: what it looks like.
+pub(super) fn no_header_in_datagram(bytes: &[u8]) -> String {
+    const HINT: &str = "does the proxy send a header on every datagram, or on the first of a flow only? set \
+                        udp-header= as it does";
+    match header::looks_like(bytes) {
+        Some(protocol) => format!("refused: no PROXY header but {protocol}: {HINT}"),
+        None => format!("refused: no PROXY header but {}: {HINT}", Begins(bytes)),
+    }
+}
+
+/// A flow that ended idle and that the service never answered.
+pub(super) fn unanswered(target: TargetAddr, mark: Mark) -> String {
+    let wildcard = match udp_bound(target) {
+        Ok(Bound::Wildcard) => {
+            "; it is bound to the wildcard address and may answer from another one: bind it to the target"
+        }
+        _ => "",
+    };
+    format!("no answer from {target}{wildcard}: {}", pathway_hint(mark))
 }
 
 /// The first bytes of something unknown, quoted.
@@ -331,6 +378,11 @@ impl ConnectError {
         }
     }
 
+    /// Whether descriptors or memory ran out.
+    pub(super) fn is_exhausted(&self) -> bool {
+        self.kind == ConnectFailure::NoDescriptors
+    }
+
     /// The line about it, with the likely cause.
     pub(super) fn message(&self, target: TargetAddr, settings: &Settings) -> String {
         let mark = settings.mark;
@@ -416,7 +468,7 @@ mod tests {
         let later = start + WINDOW;
         assert_eq!(limiter.admit(subject, one, later), Admission::Say(2));
         assert_eq!(limiter.admit(subject, one, later), Admission::Say(0));
-        assert_eq!(limiter.settle(key), 0);
+        assert_eq!(limiter.held_back(key), 0);
         for _ in 2..BURST {
             limiter.admit(subject, one, later);
         }
@@ -424,7 +476,7 @@ mod tests {
             limiter.admit(subject, one, later),
             Admission::HoldBack(Some(key))
         );
-        assert_eq!(limiter.settle(key), 1);
+        assert_eq!(limiter.held_back(key), 1);
         assert_eq!(AndMore(412).to_string(), " (and 412 more like it)");
     }
 

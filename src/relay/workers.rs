@@ -16,12 +16,15 @@ use tokio::sync::{mpsc, oneshot};
 use super::copy::BUFFER;
 use super::registry::Recent;
 use super::splice::Pool;
+use super::udp::scratch::Scratch;
 
 /// What every relay on one thread uses in turn.
 pub(super) struct Shared {
     /// In use only inside one poll.
     pub(super) buffer: RefCell<Box<[u8]>>,
     pub(super) pipes: Pool,
+    /// Taken for one round at a time.
+    pub(super) datagrams: RefCell<Scratch>,
     /// Connections that ended.
     pub(super) recent: Recent,
 }
@@ -139,6 +142,7 @@ fn work(runtime: &LocalRuntime, mut queue: mpsc::UnboundedReceiver<Job>) {
     let shared = Rc::new(Shared {
         buffer: RefCell::new(vec![0; BUFFER].into_boxed_slice()),
         pipes: Pool::default(),
+        datagrams: RefCell::default(),
         recent: Recent::default(),
     });
     runtime.block_on(async {

@@ -20,4 +20,5 @@ mod supervisor_soak;
 mod supervisor_systemd;
 mod support;
 mod systemd;
+mod udp;
 mod view;

@@ -2,7 +2,7 @@
 
 mod faults;
 mod header;
-mod lab;
+pub(crate) mod lab;
 mod limits;
 mod owes;
 mod ports;

@@ -2,9 +2,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use crate::cli::{Corruption, ProbeArgs};
+use crate::cli::{Corruption, HeaderForm, ProbeArgs};
 use crate::commands::UsageError;
 use crate::relay::header::{MAX_V1, Transport, V1_UNKNOWN, V2, encode_v1, tlv};
+use crate::relay::spp::Spp;
 
 /// Whose connection the header says this is.
 enum Said {
@@ -17,6 +18,9 @@ enum Said {
 /// The header as asked for, spoiled where that is asked for.
 pub(super) fn build(args: &ProbeArgs) -> Result<Vec<u8>, UsageError> {
     let said = said(args)?;
+    if args.version == Some(HeaderForm::Spp) {
+        return spp(args, &said);
+    }
     let version = version(args, &said)?;
     let bytes = match version {
         1 => v1(args, &said),
@@ -64,9 +68,48 @@ fn documentation(family_of: IpAddr) -> IpAddr {
     }
 }
 
+/// A Simple Proxy Protocol header, which says who a client is and nothing else.
+fn spp(args: &ProbeArgs, said: &Said) -> Result<Vec<u8>, UsageError> {
+    let Said::Client(client, destination) = *said else {
+        return Err(UsageError(
+            "--version spp always names a client: --local, --unknown and --unspec exist in PROXY headers only"
+                .to_owned(),
+        ));
+    };
+    if !args.udp || args.first {
+        return Err(UsageError(
+            "--version spp is sent over UDP, on every datagram: give --udp, without --first"
+                .to_owned(),
+        ));
+    }
+    if args.crc32c || !args.tlv.is_empty() {
+        return Err(UsageError(
+            "TLVs and the CRC32C among them exist in version 2 only".to_owned(),
+        ));
+    }
+    let mut bytes = Spp::new(client, destination).bytes().to_vec();
+    match args.corrupt {
+        None => {}
+        Some(Corruption::Missing) => bytes.clear(),
+        Some(Corruption::Truncated) => bytes.truncate(bytes.len() / 2),
+        Some(Corruption::BadSignature) => bytes[1] = !bytes[1],
+        Some(how) => {
+            return Err(UsageError(format!(
+                "--corrupt {} is not for headers of version spp",
+                name(how)
+            )));
+        }
+    }
+    Ok(bytes)
+}
+
 /// The version asked for, or the only one that can say it.
 fn version(args: &ProbeArgs, said: &Said) -> Result<u8, UsageError> {
-    let only = |version: u8, what: &str, instead: &str| match args.version {
+    let asked = args.version.map(|form| match form {
+        HeaderForm::V1 => 1,
+        HeaderForm::V2 | HeaderForm::Spp => 2,
+    });
+    let only = |version: u8, what: &str, instead: &str| match asked {
         Some(asked) if asked != version => Err(UsageError(format!(
             "{what} exists in version {version} only{instead}"
         ))),
@@ -76,7 +119,7 @@ fn version(args: &ProbeArgs, said: &Said) -> Result<u8, UsageError> {
         Said::Local => only(2, "--local", ": --unknown says the same in version 1"),
         Said::Unspec => only(2, "--unspec", ": --unknown says the same in version 1"),
         Said::Unknown => only(1, "--unknown", ": --unspec says the same in version 2"),
-        Said::Client(..) => Ok(args.version.or(args.corrupt.and_then(home)).unwrap_or(2)),
+        Said::Client(..) => Ok(asked.or(args.corrupt.and_then(home)).unwrap_or(2)),
     }?;
     match args.corrupt {
         Some(how) if home(how).is_some_and(|home| home != version) => Err(UsageError(format!(
@@ -106,8 +149,13 @@ fn v1(args: &ProbeArgs, said: &Said) -> Result<Vec<u8>, UsageError> {
 }
 
 fn v2(args: &ProbeArgs, said: &Said) -> Result<Vec<u8>, UsageError> {
+    let transport = if args.udp {
+        Transport::Datagram
+    } else {
+        Transport::Stream
+    };
     let mut header = match *said {
-        Said::Client(client, destination) => V2::proxied(client, destination, Transport::Stream),
+        Said::Client(client, destination) => V2::proxied(client, destination, transport),
         Said::Local => V2::local(),
         Said::Unknown | Said::Unspec => V2::unspec(),
     };
@@ -294,6 +342,14 @@ mod tests {
                 "192.0.2.9:22 --client 192.0.2.7:1 --tlv unique-id=a=b",
                 b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x12\xc0\0\x02\x07\xc0\0\x02\x09\0\x01\0\x16\x05\0\x03a=b",
             ),
+            (
+                "192.0.2.9:22 --client 192.0.2.7:1 --udp --first",
+                b"\r\n\r\n\0\r\nQUIT\n\x21\x12\0\x0c\xc0\0\x02\x07\xc0\0\x02\x09\0\x01\0\x16",
+            ),
+            (
+                "[::1]:22 --client [::2]:1 --udp --version spp",
+                b"\x56\xec\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x01\0\x01\0\x16",
+            ),
         ] {
             let bytes = built(words).unwrap();
             assert_eq!(
@@ -315,7 +371,35 @@ mod tests {
                 "cannot be used with",
             ),
             ("192.0.2.9:22 --unspec --local", "cannot be used with"),
-            ("192.0.2.9:22 --client 192.0.2.7:1 --version 3", "1..=2"),
+            (
+                "192.0.2.9:22 --client 192.0.2.7:1 --version 3",
+                "invalid value '3'",
+            ),
+            (
+                "192.0.2.9:22 --client 192.0.2.7:1 --version spp",
+                "give --udp",
+            ),
+            (
+                "192.0.2.9:22 --client 192.0.2.7:1 --version spp --udp --first",
+                "without --first",
+            ),
+            (
+                "192.0.2.9:22 --local --version spp --udp",
+                "always names a client",
+            ),
+            (
+                "192.0.2.9:22 --client 192.0.2.7:1 --version spp --udp --crc32c",
+                "exist in version 2 only",
+            ),
+            (
+                "192.0.2.9:22 --client 192.0.2.7:1 --version spp --udp --corrupt bad-crc",
+                "not for headers of version spp",
+            ),
+            ("192.0.2.9:22 --client 192.0.2.7:1 --first", "--udp"),
+            (
+                "192.0.2.9:22 --client 192.0.2.7:1 --udp --split 2",
+                "cannot be used with",
+            ),
             (
                 "192.0.2.9:22 --local --destination 192.0.2.7:1",
                 "cannot be used with",

@@ -15,7 +15,6 @@ use super::relay::{Relay, World};
 use crate::config::{self, Configuration, Diagnostics};
 use crate::model::{Mark, Pathway};
 use crate::pathway;
-use crate::relay::settings::Settings;
 use crate::runtime_dir::Attempt;
 use crate::supervisor::{State, Status, Supervisor};
 use crate::systemd;
@@ -113,8 +112,8 @@ impl Fleet {
         self.tried().await;
         // whatever is left is of instances that are not there or listen elsewhere now
         let left = std::mem::take(&mut *self.world.offered.borrow_mut());
-        for addr in left.keys() {
-            warn!(listen = %addr, "a passed listening socket is no instance's: closed");
+        for (protocol, addr) in left.keys() {
+            warn!(%protocol, listen = %addr, "a passed listening socket is no instance's: closed");
         }
         Ok(())
     }
@@ -264,7 +263,7 @@ impl Fleet {
                 "{name}: listeners= takes effect when it is started anew"
             ));
         }
-        relay.server.set(Settings::of(&instance, allow));
+        relay.server.set(&instance, allow);
         if !self.world.no_check
             && let Err(error) = self.world.in_place(instance.mark).await
         {

@@ -9,7 +9,6 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
@@ -29,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 
 use crate::runtime_dir::Lock;
-use crate::socket;
+use crate::socket::listening::Listening;
 
 /// Names the successor's end of the socket pair.
 const VARIABLE: &str = "MMPROXY_HANDOVER";
@@ -62,7 +61,7 @@ enum Message {
 #[derive(Debug, Default)]
 pub(super) struct Estate {
     /// Listening sockets of all instances.
-    pub(super) listeners: Vec<TcpListener>,
+    pub(super) listeners: Vec<Listening>,
     /// Locks by name.
     pub(super) locks: BTreeMap<String, OwnedFd>,
     /// The control socket.
@@ -108,7 +107,7 @@ fn send_all(socket: &OwnedFd, estate: Estate) -> anyhow::Result<()> {
         send(socket, message, descriptors).context("cannot pass the sockets on")
     };
     for some in estate.listeners.chunks(MAX_DESCRIPTORS) {
-        let descriptors: Vec<_> = some.iter().map(AsRawFd::as_raw_fd).collect();
+        let descriptors: Vec<_> = some.iter().map(|some| some.as_fd().as_raw_fd()).collect();
         say(&Message::Listeners, &descriptors)?;
     }
     for (name, lock) in estate.locks {
@@ -160,7 +159,7 @@ fn spawn_detached(program: &PathBuf, socket: OwnedFd) -> io::Result<()> {
 pub(super) struct Inheritance {
     socket: OwnedFd,
     /// Listening sockets, by no particular order.
-    pub(super) listeners: Vec<TcpListener>,
+    pub(super) listeners: Vec<Listening>,
     /// Locks by name.
     pub(super) locks: BTreeMap<String, Lock>,
     /// The control socket.
@@ -201,9 +200,10 @@ pub(super) fn receive_all() -> anyhow::Result<Option<Inheritance>> {
         match message {
             Message::Listeners => {
                 for descriptor in descriptors {
-                    let listener = TcpListener::from(descriptor);
-                    socket::adopt_listener(&listener)?;
-                    all.listeners.push(listener);
+                    let listener = Listening::from_descriptor(descriptor)?;
+                    all.listeners.push(listener.context(
+                        "the process before passed something else than a listening socket",
+                    )?);
                 }
             }
             Message::Lock(name) => {

@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::net::{SocketAddr, TcpListener};
 use std::num::NonZeroUsize;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -12,13 +11,12 @@ use tracing::{info, warn};
 
 use super::plan::Spec;
 use crate::config::Configuration;
-use crate::model::{Instance, Mark, Pathway, Protocol};
+use crate::model::{Instance, Mark, Pathway};
 use crate::pathway;
-use crate::relay::settings::Settings;
-use crate::relay::tcp::{Error, Server};
+use crate::relay::server::{Error, Server};
 use crate::relay::workers::Workers;
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
-use crate::socket::{self, Listeners};
+use crate::socket::listening::{Listening, Place};
 use crate::supervisor::Task;
 use crate::systemd;
 
@@ -47,9 +45,9 @@ pub(super) struct World {
     pub(super) instances: std::cell::Cell<usize>,
     /// Locks that are held for instances about to start.
     pub(super) locks: RefCell<BTreeMap<String, Lock>>,
-    /// Listening sockets without a relay, by address: passed by systemd or the process before, or left by
+    /// Listening sockets without a relay, by protocol and address: passed by systemd or the process before, or left by
     /// a relay that another one follows.
-    pub(super) offered: RefCell<BTreeMap<SocketAddr, Vec<TcpListener>>>,
+    pub(super) offered: RefCell<BTreeMap<Place, Vec<Listening>>>,
     pub(super) look: tokio::sync::Mutex<Option<Look>>,
 }
 
@@ -63,12 +61,12 @@ pub(super) struct Look {
 
 impl World {
     /// Offers a listening socket to the relay that will listen on its address.
-    pub(super) fn offer(&self, listener: TcpListener) {
-        match listener.local_addr() {
-            Ok(addr) => self
+    pub(super) fn offer(&self, listener: Listening) {
+        match listener.place() {
+            Ok(place) => self
                 .offered
                 .borrow_mut()
-                .entry(addr)
+                .entry(place)
                 .or_default()
                 .push(listener),
             Err(error) => warn!(%error, "a listening socket has no address"),
@@ -156,21 +154,19 @@ impl Relay {
     pub(super) async fn start(world: Rc<World>, spec: Spec) -> anyhow::Result<Self> {
         let Spec { instance, allow } = spec;
         let name = instance.name.as_str();
-        if instance.options.protocol == Protocol::Udp {
-            bail!("it has protocol=udp, which this version does not relay");
-        }
         let lock = world.lock(name)?;
         if !world.no_check {
             world.in_place(instance.mark).await?;
         }
-        let offered = world.offered.borrow_mut().remove(&instance.listen.get());
+        let place = (instance.options.protocol, instance.listen.get());
+        let offered = world.offered.borrow_mut().remove(&place);
         let sockets = match offered {
             Some(sockets) => sockets,
             None => bind(&instance, world.listeners_of(&instance))?,
         };
         let listeners = sockets.len();
         systemd::store(name, &sockets);
-        let server = Server::start(&world.workers, sockets, Settings::of(&instance, allow))?;
+        let server = Server::start(&world.workers, sockets, &instance, allow)?;
         info!(
             instance = %instance.name, listen = %instance.listen, mark = %instance.mark,
             target4 = instance.target4.map(tracing::field::display),
@@ -190,11 +186,9 @@ impl Relay {
     }
 }
 
-fn bind(instance: &Instance, count: NonZeroUsize) -> anyhow::Result<Vec<TcpListener>> {
-    let Listeners {
-        sockets,
-        address_missing,
-    } = socket::tcp_listeners(instance.listen, count)?;
+fn bind(instance: &Instance, count: NonZeroUsize) -> anyhow::Result<Vec<Listening>> {
+    let (sockets, address_missing) =
+        Listening::bind(instance.options.protocol, instance.listen, count)?;
     if address_missing {
         warn!(
             instance = %instance.name, listen = %instance.listen,
@@ -214,7 +208,7 @@ impl Task for Relay {
     }
 
     fn active(&self) -> u64 {
-        self.server.totals().active
+        self.server.active()
     }
 
     async fn ended(&self) -> Result<(), Chain> {

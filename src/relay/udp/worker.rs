@@ -1,0 +1,340 @@
+//! One relay's side on one worker thread: its listeners, its flows, its event loop.
+//!
+//! Owns: what happens to a datagram from where it is read to where it is sent on. Must not know: other
+//! threads but through the registry.
+//!
+//! Everything a worker waits for is a descriptor in an epoll instance of its own, and that instance is what the
+//! thread's runtime waits for: the unit of work is a batch of datagrams of many flows, not a flow, and a flow
+//! costs the runtime nothing.
+//!
+//! `inbound` goes from the proxies to the service, `outbound` back; `lifecycle` has how flows begin and end,
+//! `refusals` what is said about datagrams that go no further.
+
+use std::io;
+use std::net::{IpAddr, UdpSocket};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use nix::sys::epoll::{EpollEvent, EpollFlags};
+use tokio::sync::{mpsc, watch};
+use tracing::{Span, info_span};
+
+use self::epoll::WaitableEpoll;
+use self::refusals::peers;
+use super::counters::{Counters, Ended};
+use super::datagram::Client;
+use super::flow::{Flow, Key, Path};
+use super::registry::{Note, Registry};
+use super::scratch::Scratch;
+use super::table::{GRAIN, Id, Table};
+use super::{Phase, Settings};
+use crate::model::ClientAddr;
+use crate::relay::batch::SegmentLimit;
+use crate::relay::report::{self, LastError, Limiter, Subject};
+use crate::relay::view::Query;
+use crate::relay::workers::Shared;
+
+mod epoll;
+mod inbound;
+mod lifecycle;
+mod outbound;
+mod refusals;
+mod view;
+
+/// How many datagrams one flow's answers may take of a batch before the next flow's turn.
+const BATCH_OF_ONE: usize = 32;
+/// How many full batches a listener or a flow gets before the others' turn.
+const TURNS: usize = 4;
+/// How many rounds a busy relay makes before the thread's other relays get their turn.
+const ROUNDS: usize = 4;
+/// Events per call.
+const EVENTS: usize = 256;
+/// How long a drain goes on for answers that are still to come, in milliseconds.
+const DRAIN: u64 = 1_000;
+/// How often a drain looks whether it is over.
+const DRAIN_LOOK: Duration = Duration::from_millis(20);
+
+/// What an event is about; a flow's is its [`Id`], below all of these.
+const LISTENERS: u64 = 1 << 32;
+const MAILBOX: u64 = 1 << 33;
+
+/// What the workers of one relay have in common.
+#[derive(Debug)]
+pub(super) struct Common {
+    /// Swapped as a whole, without a lock, when the configuration is read again.
+    pub(super) settings: ArcSwap<Settings>,
+    /// Every worker's.
+    pub(super) counters: Vec<Arc<Counters>>,
+    pub(super) limiter: Limiter,
+    pub(super) last_error: Mutex<Option<LastError>>,
+    pub(super) registry: Registry,
+    pub(super) started: Instant,
+}
+
+/// A flow of this worker's.
+struct Held {
+    flow: Arc<Flow>,
+    /// The flow's, while it has one; in this worker's epoll.
+    socket: Option<Arc<UdpSocket>>,
+    /// The flow's socket has to do without the client's port.
+    port_taken: bool,
+    /// Queued datagrams, first and last.
+    first: u32,
+    last: u32,
+    /// What the kernel last said about lost answers.
+    overflow: u32,
+    /// Something was sent to the service since it last answered.
+    asked: bool,
+    /// The service has answered at least once.
+    answered: bool,
+}
+
+/// Proxies whose trust was looked up last: usually there is one.
+#[derive(Clone, Copy)]
+struct Known {
+    proxy: IpAddr,
+    allowed: bool,
+}
+
+/// A relay on a worker thread. Never leaves it.
+pub(super) struct Worker {
+    shared: Rc<Shared>,
+    common: Arc<Common>,
+    /// As they were at the beginning of the round.
+    settings: Arc<Settings>,
+    number: u32,
+    counters: Arc<Counters>,
+    /// Names the instance in every line.
+    span: Span,
+    epoll: WaitableEpoll,
+    listeners: Vec<Listener>,
+    flows: Table<Key, Held>,
+    /// Milliseconds since the relay's start.
+    now: u64,
+    known: Option<Known>,
+    /// The thread's, during a round; else empty.
+    scratch: Scratch,
+    to_target: SegmentLimit,
+    to_client: SegmentLimit,
+    /// Flows whose answers were not all read in their turn.
+    unfinished: Vec<Id>,
+}
+
+struct Listener {
+    socket: UdpSocket,
+    /// What the kernel last said about lost datagrams.
+    overflow: u32,
+}
+
+impl Worker {
+    /// A worker for these listeners, of which there is at least one. Within the thread's event loop.
+    ///
+    /// # Errors
+    /// When the kernel gives no epoll instance.
+    pub(super) fn new(
+        shared: Rc<Shared>,
+        common: Arc<Common>,
+        number: u32,
+        listeners: Vec<UdpSocket>,
+    ) -> io::Result<Self> {
+        let epoll = WaitableEpoll::new()?;
+        for (at, socket) in (0u64..).zip(&listeners) {
+            epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENERS + at))?;
+        }
+        let wake = common.registry.wake_of(number);
+        epoll.add(wake, EpollEvent::new(EpollFlags::EPOLLIN, MAILBOX))?;
+        let listeners = listeners.into_iter().map(|socket| Listener {
+            socket,
+            overflow: 0,
+        });
+        let settings = common.settings.load_full();
+        Ok(Self {
+            shared,
+            number,
+            counters: Arc::clone(&common.counters[number as usize]),
+            span: info_span!("relay", instance = %settings.name),
+            settings,
+            epoll,
+            listeners: listeners.collect(),
+            flows: Table::new(),
+            now: 0,
+            known: None,
+            scratch: Scratch::none(),
+            to_target: SegmentLimit::default(),
+            to_client: SegmentLimit::default(),
+            unfinished: Vec::new(),
+            common,
+        })
+    }
+
+    /// Relays until the relay has drained.
+    ///
+    /// # Errors
+    /// When a listener or the epoll instance fails for good.
+    pub(super) async fn run(
+        mut self,
+        mut phase: watch::Receiver<Phase>,
+        mut queries: mpsc::UnboundedReceiver<Query>,
+    ) -> io::Result<()> {
+        let mut draining_since = None;
+        loop {
+            let mut rounds = 0;
+            while self.round()? {
+                rounds += 1;
+                if rounds % ROUNDS == 0 {
+                    tokio::task::yield_now().await;
+                    while let Ok(query) = queries.try_recv() {
+                        self.answer(&query);
+                    }
+                }
+            }
+            // a sender that is gone means that the server was dropped
+            let draining = phase.has_changed().is_err() || *phase.borrow() == Phase::Draining;
+            if draining && draining_since.is_none() {
+                draining_since = Some(self.now);
+                // what was queued has just been read; from here on it is for whoever listens next
+                for listener in &self.listeners {
+                    self.epoll.delete(&listener.socket)?;
+                }
+                self.end_unasked();
+                continue;
+            }
+            if let Some(since) = draining_since
+                && (self.flows.is_empty() || self.now - since >= DRAIN)
+            {
+                return Ok(());
+            }
+            let patience = self.patience(draining);
+            tokio::select! {
+                waited = self.epoll.wait() => waited?,
+                () = tokio::time::sleep(patience.unwrap_or_default()), if patience.is_some() => {}
+                _ = phase.changed(), if !draining => {}
+                Some(query) = queries.recv() => self.answer(&query),
+            }
+        }
+    }
+
+    /// Does what there is to do, without waiting; false when there was nothing.
+    fn round(&mut self) -> io::Result<bool> {
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let ready = self.epoll.take(&mut events)?;
+        self.now = self.common.started.elapsed().as_millis() as u64;
+        let again = std::mem::take(&mut self.unfinished);
+        let busy = ready > 0 || !again.is_empty();
+        let _named = self.span.clone().entered();
+        if busy {
+            let settings = self.common.settings.load();
+            if !Arc::ptr_eq(&settings, &self.settings) {
+                self.settings = Arc::clone(&settings);
+                self.known = None;
+            }
+            self.scratch = self.shared.datagrams.take();
+            self.scratch.prepare();
+            let outcome = self.handle(&events[..ready], again);
+            self.shared
+                .datagrams
+                .replace(std::mem::take(&mut self.scratch));
+            outcome?;
+        }
+        self.expire();
+        Ok(busy)
+    }
+
+    fn handle(&mut self, events: &[EpollEvent], again: Vec<Id>) -> io::Result<()> {
+        for event in events {
+            match event.data() {
+                MAILBOX => self.read_notes(),
+                number if number >= LISTENERS => {
+                    self.read_listener((number - LISTENERS) as usize)?;
+                }
+                number => {
+                    if let Some(id) = Id::from_u64(number) {
+                        self.read_answers(id);
+                    }
+                }
+            }
+        }
+        for id in again {
+            self.read_answers(id);
+        }
+        self.send_answers();
+        Ok(())
+    }
+
+    /// How long to wait for events: until the next flow is due.
+    fn patience(&self, draining: bool) -> Option<Duration> {
+        let due = self.flows.oldest_use().map(|used| {
+            let due = used.saturating_add(self.idle_timeout());
+            // one more, as the clock's milliseconds are cut off
+            Duration::from_millis(due.saturating_sub(self.now).saturating_add(1))
+        });
+        match draining {
+            true => Some(due.map_or(DRAIN_LOOK, |due| due.min(DRAIN_LOOK))),
+            false => due,
+        }
+    }
+
+    /// In milliseconds, with what the table's order may be behind.
+    fn idle_timeout(&self) -> u64 {
+        let timeout = self.settings.idle_timeout.as_millis();
+        u64::try_from(timeout)
+            .unwrap_or(u64::MAX)
+            .saturating_add(GRAIN)
+    }
+
+    fn read_notes(&mut self) {
+        for note in self.common.registry.notes(self.number) {
+            match note {
+                Note::MakeRoom(proxy) => {
+                    self.make_room(proxy);
+                }
+                Note::Forget(flow) if flow.owner() != self.number => self.forget_flow(&flow),
+                // it has come back
+                Note::Forget(_) => {}
+            }
+        }
+    }
+
+    /// Ends what has been silent for the idle timeout.
+    fn expire(&mut self) {
+        let timeout = self.idle_timeout();
+        while let Some(used) = self.flows.oldest_use()
+            && used.saturating_add(timeout) <= self.now
+            && let Some(id) = self.flows.oldest()
+        {
+            if let Some(held) = self.flows.get(id)
+                && held.socket.is_some()
+                && !held.answered
+            {
+                self.counters.flows_unanswered.add(1);
+                let route = held.flow.route;
+                let message = report::unanswered(route.target, self.settings.mark);
+                self.say(Subject::Unanswered, peers(&route), &message);
+            }
+            self.finish(id, Ended::Idle);
+        }
+    }
+
+    /// Ends the flows from which no answer is to come, so that whoever relays next can have their sockets.
+    fn end_unasked(&mut self) {
+        let idle: Vec<Id> = self
+            .flows
+            .ids()
+            .filter(|id| self.flows.get(*id).is_none_or(|held| !held.asked))
+            .collect();
+        for id in idle {
+            self.finish(id, Ended::Drained);
+        }
+    }
+}
+
+/// Who a flow's client is.
+fn client_of(client: &Client, path: &Path) -> ClientAddr {
+    match client {
+        Client::Named(client) => *client,
+        Client::Spp(header) => header.client(),
+        Client::Proxy => ClientAddr::new(path.proxy().get()),
+    }
+}

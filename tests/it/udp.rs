@@ -1,0 +1,13 @@
+//! The UDP relay on the real kernel: senders of each kind, a service that records who asks.
+
+mod cells;
+mod dns;
+mod every;
+mod first;
+mod lab;
+mod limits;
+mod owes;
+mod packets;
+mod run;
+mod spp;
+mod workers;
