@@ -27,7 +27,8 @@ done
 need cc:gcc ip:iproute2 iptables:iptables nft:nftables conntrack:conntrack haproxy:haproxy nginx:nginx \
     /usr/share/nginx/modules-available/mod-stream.conf:libnginx-mod-stream \
     sshd:openssh-server ssh:openssh-client curl:curl socat:socat sysctl:procps \
-    /lib/systemd/systemd:systemd /lib/systemd/system/dbus.socket:dbus tmux:tmux nc:netcat-openbsd promtool:prometheus strace:strace setpriv:util-linux
+    /lib/systemd/systemd:systemd /lib/systemd/system/dbus.socket:dbus tmux:tmux nc:netcat-openbsd promtool:prometheus dnsdist:dnsdist unbound:unbound dig:bind9-dnsutils \
+    strace:strace setpriv:util-linux
 need_cargo
 [ -z "$setup_only" ] || exit 0
 
