@@ -127,6 +127,7 @@ fn start(
         outcome => outcome.context("cannot make a spoofed socket")?,
     }
     raise_descriptor_limit();
+    refuse_huge_pages();
     let locks = by_instance(locks);
     let inherited = match &control {
         Some(_) => locks.keys().cloned().collect(),
@@ -722,6 +723,13 @@ impl Signals {
                 return name;
             }
         }
+    }
+}
+
+/// Idle connections are many and small: in huge pages the process would grow by 2 MiB at a time.
+fn refuse_huge_pages() {
+    if let Err(errno) = nix::sys::prctl::set_thp_disable(true) {
+        debug!(error = %io::Error::from(errno), "cannot do without huge pages");
     }
 }
 

@@ -160,6 +160,14 @@ fn datagrams_lost_for_want_of_buffer_are_counted() {
     let proxy = rig.proxy();
     proxy.exchange("203.0.113.7:4000", b"hello");
     relay.signal(Signal::SIGSTOP);
+    // each thread stops when it is next scheduled
+    wait_for("every thread to stop", || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", relay.pid())).expect("threads");
+        tasks.flatten().all(|task| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.contains(") T ")
+        })
+    });
     let header = announce("203.0.113.7:4000");
     // 4 MB of buffer, each datagram with its 1 kB of payload counts for more than 2 kB
     for _ in 0..4_000 {
