@@ -128,13 +128,16 @@ fn descriptors(relay: &Running) -> usize {
         .count()
 }
 
-/// The proportional share of a process's memory, in kB.
-fn pss(relay: &Running) -> u64 {
+/// A process's own memory, in kB. Not PSS: other tests' processes share the program's pages, and each
+/// one that ends makes the share of the others grow.
+fn memory_of(relay: &Running) -> u64 {
     let path = format!("/proc/{}/smaps_rollup", relay.pid());
     let text = std::fs::read_to_string(Path::new(&path)).expect("smaps_rollup");
-    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Anonymous:"));
     let word = line.and_then(|line| line.split_whitespace().next());
-    word.and_then(|word| word.parse().ok()).expect("Pss")
+    word.and_then(|word| word.parse().ok()).expect("Anonymous")
 }
 
 /// A service in a process of its own that can be killed.
@@ -304,19 +307,19 @@ fn nothing_is_left_after(connections: usize) {
     };
     // makes what stays, up to its bounds: buffers, pools, the memory of recent connections
     run(connections.min(10_000));
-    let before = (rig.descriptors(), pss(&rig.relay));
+    let before = (rig.descriptors(), memory_of(&rig.relay));
     run(connections);
     wait_for("its descriptors to be closed", || {
         rig.descriptors() <= before.0
     });
-    let after = pss(&rig.relay);
+    let after = memory_of(&rig.relay);
     println!(
-        "{connections} connections: PSS {} kB before, {after} kB after",
+        "{connections} connections: memory {} kB before, {after} kB after",
         before.1
     );
     assert!(
         after < before.1 + 1024,
-        "PSS grew from {} to {after} kB",
+        "memory grew from {} to {after} kB",
         before.1
     );
 }
@@ -374,7 +377,7 @@ fn idle_connections(connections: usize) {
         .collect();
     let before: Vec<_> = relays
         .iter()
-        .map(|relay| (pss(relay), descriptors(relay)))
+        .map(|relay| (memory_of(relay), descriptors(relay)))
         .collect();
     let _proxies: Vec<_> = (0..processes)
         .map(|number| {
@@ -406,7 +409,7 @@ fn idle_connections(connections: usize) {
         std::thread::sleep(Duration::from_millis(100));
     }
     for (relay, (memory, files)) in relays.iter().zip(before) {
-        let bytes = (pss(relay) - memory) * 1024 / each as u64;
+        let bytes = (memory_of(relay) - memory) * 1024 / each as u64;
         let files = descriptors(relay) - files;
         println!(
             "{each} idle connections in one of {processes} relays (limit {limit}): {bytes} bytes and {} descriptors each",
