@@ -102,7 +102,11 @@ fn fix(global: &Global, asked: &[Asked], diagnoses: &[Diagnosis]) -> anyhow::Res
     marks.dedup();
     let wanted: Vec<_> = marks
         .iter()
-        .filter_map(|mark| asked.iter().find(|one| Mark::new(*mark) == Some(one.pathway.mark)))
+        .filter_map(|mark| {
+            asked
+                .iter()
+                .find(|one| Mark::new(*mark) == Some(one.pathway.mark))
+        })
         .map(|one| one.pathway.clone())
         .collect();
     if wanted.is_empty() {
@@ -110,6 +114,7 @@ fn fix(global: &Global, asked: &[Asked], diagnoses: &[Diagnosis]) -> anyhow::Res
     }
     let options = Options {
         dry_run: false,
+        firewall: global.firewall,
         runtime_dir: RuntimeDir::resolve(global.runtime_dir.clone()),
         lock_timeout: LOCK_LIMIT,
     };
@@ -126,7 +131,14 @@ fn fix(global: &Global, asked: &[Asked], diagnoses: &[Diagnosis]) -> anyhow::Res
 /// The ways, then what is wrong with them.
 fn show(out: &mut impl Write, examination: &Examination) -> io::Result<()> {
     let evidence = &examination.evidence;
-    let mut rows = table(["INSTANCE", "PATHWAY", "TARGET", "PLAIN", "SPOOFED", "CONNTRACK"]);
+    let mut rows = table([
+        "INSTANCE",
+        "PATHWAY",
+        "TARGET",
+        "PLAIN",
+        "SPOOFED",
+        "CONNTRACK",
+    ]);
     for instance in &evidence.instances {
         for target in &instance.targets {
             rows.add_row([

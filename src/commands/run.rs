@@ -3,6 +3,7 @@
 //! The process's own thread looks after the relays, answers the control socket and speaks with systemd;
 //! connections live on the worker threads.
 
+mod diagnosis;
 mod fleet;
 mod handover;
 mod plan;
@@ -40,6 +41,7 @@ use crate::cli::{Global, RunArgs};
 use crate::config::{self, Configuration};
 use crate::control::messages::{Request, Response};
 use crate::control::{client, server};
+use crate::doctor::Asker;
 use crate::relay::counters::Totals;
 use crate::relay::udp::counters as udp;
 use crate::relay::workers::Workers;
@@ -152,6 +154,7 @@ fn start(
         .for_each(|listener| world.offer(listener));
     take_passed(&world, passed)?;
     Ok(Some(Process {
+        asker: super::doctor::patients::asker(global),
         fleet: Rc::new(Fleet::new(
             selection,
             Rc::new(world),
@@ -242,6 +245,8 @@ fn take_passed(world: &World, passed: Vec<systemd::Passed>) -> anyhow::Result<()
 
 /// A process that runs relays.
 struct Process {
+    /// For the commands that a diagnosis prints.
+    asker: Asker,
     fleet: Rc<Fleet>,
     args: RunArgs,
     program: PathBuf,
@@ -352,9 +357,12 @@ impl Process {
         }
         let watchdog = systemd::watchdog_interval()
             .map(|every| tokio::task::spawn_local(keep_watchdog(Rc::clone(&self.fleet), every)));
+        let diagnosing =
+            tokio::task::spawn_local(diagnosis::watch(Rc::clone(&self.fleet), self.asker.clone()));
         let stop = self.look_after(&mut signals, &mut succeeded).await?;
         // whoever asks from here on asks the successor, or is told that nobody runs
         answering.abort();
+        diagnosing.abort();
         if let Some(metrics) = metrics {
             metrics.abort();
         }

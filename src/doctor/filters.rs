@@ -180,9 +180,15 @@ impl Matches {
             && oif.as_ref().is_none_or(|oif| oif.covers(packet.oif))
             && from.is_none_or(|from| source.is_none_or(|source| source.covers(from)))
             && destination.is_none_or(|to| to.covers(packet.to))
-            && protocol.as_deref().is_none_or(|name| name == packet.protocol)
-            && sport.as_ref().is_none_or(|range| !packet.answer || within(range))
-            && dport.as_ref().is_none_or(|range| packet.answer || within(range))
+            && protocol
+                .as_deref()
+                .is_none_or(|name| name == packet.protocol)
+            && sport
+                .as_ref()
+                .is_none_or(|range| !packet.answer || within(range))
+            && dport
+                .as_ref()
+                .is_none_or(|range| packet.answer || within(range))
             && mark.is_none_or(|(value, mask, inverted)| {
                 (packet.mark & mask == value & mask) != inverted
             })
@@ -225,7 +231,8 @@ impl FilterRule {
 
     /// How many packets it met while the probes ran.
     pub fn met(&self) -> Option<u64> {
-        self.packets.map(|(before, after)| after.saturating_sub(before))
+        self.packets
+            .map(|(before, after)| after.saturating_sub(before))
     }
 
     /// Table and chain, as a person finds them.

@@ -21,7 +21,7 @@ use crate::model::{self, Family, Mark, PortPolicy, Protocol, TargetAddr};
 use crate::pathway::netlink::{Answered, Netlink, Question, SeenRule};
 use crate::pathway::piece::{PROTOCOL, Step};
 use crate::pathway::plan::UNROUTED_PRIORITY;
-use crate::pathway::{self, Problem};
+use crate::pathway::{self, Firewall, Problem};
 
 /// How many targets are probed at a time. They mostly wait.
 const AT_ONCE: usize = 32;
@@ -53,6 +53,8 @@ pub struct Asker {
     pub command: String,
     /// The configuration directory.
     pub config_dir: String,
+    /// Which firewall the pathways use.
+    pub firewall: Firewall,
 }
 
 /// Sees all there is to see about these instances.
@@ -81,7 +83,7 @@ pub fn gather(asked: &[Asked], asker: &Asker) -> std::io::Result<Evidence> {
     let (before, pathways) = std::thread::scope(|scope| {
         let filters = scope.spawn(host::filters);
         look(&mut host);
-        let pathways = runtime.block_on(look_at_routing(&mut host, asked));
+        let pathways = runtime.block_on(look_at_routing(&mut host, asked, asker.firewall));
         let (filters, unseen) = filters.join().unwrap_or_default();
         host.unseen.extend(unseen);
         (filters, pathways)
@@ -95,7 +97,8 @@ pub fn gather(asked: &[Asked], asker: &Asker) -> std::io::Result<Evidence> {
         };
         for (at, (asked, instance)) in asked.iter().zip(&mut instances).enumerate() {
             let listen = asked.instance.listen.get().ip();
-            instance.listen_here = listen.is_unspecified() || ask(&netlink, listen).await.is_local();
+            instance.listen_here =
+                listen.is_unspecified() || ask(&netlink, listen).await.is_local();
             for target in asked.instance.targets() {
                 let seen = routes(&netlink, &host, asked, target, at).await;
                 jobs.push(Job {
@@ -151,7 +154,7 @@ fn look(host: &mut Host) {
     host.ipv6 = off.is_some_and(|off| off == "0");
 }
 
-async fn look_at_routing(host: &mut Host, asked: &[Asked]) -> Vec<Pathway> {
+async fn look_at_routing(host: &mut Host, asked: &[Asked], firewall: Firewall) -> Vec<Pathway> {
     match Netlink::open() {
         Ok(netlink) => {
             for family in Family::BOTH {
@@ -173,7 +176,7 @@ async fn look_at_routing(host: &mut Host, asked: &[Asked]) -> Vec<Pathway> {
         by_mark.entry(one.pathway.mark).or_insert(one);
     }
     let wanted: Vec<model::Pathway> = by_mark.values().map(|one| one.pathway.clone()).collect();
-    let (listed, unread) = match pathway::list(&wanted).await {
+    let (listed, unread) = match pathway::list(&wanted, firewall).await {
         Ok(listed) => (listed, None),
         Err(error) => (Vec::new(), Some(chain(&error))),
     };
@@ -296,10 +299,7 @@ async fn routes(
     let mut shadows = Vec::new();
     let behind = asked.pathway.priority.get();
     // a local service's answer is routed once without its mark
-    let looks = [
-        (mark, behind),
-        (0, asked.pathway.priority.unmarked()),
-    ];
+    let looks = [(mark, behind), (0, asked.pathway.priority.unmarked())];
     let looks = &looks[..if place == Place::Loopback { 2 } else { 1 }];
     for (number, rule) in host.rules.iter().enumerate() {
         for &(mark, behind) in looks {
@@ -480,7 +480,11 @@ fn requests<'a>(
     } else {
         seen.forward.dev.as_deref()
     };
-    let hooks: &[&str] = if local { &["output", "input"] } else { &["output"] };
+    let hooks: &[&str] = if local {
+        &["output", "input"]
+    } else {
+        &["output"]
+    };
     hooks
         .iter()
         .map(|&hook| Packet {
@@ -515,7 +519,8 @@ fn add_listeners(host: &mut Host, asked: &[Asked], instances: &mut [Instance]) {
         let sockets = match listeners::listening(protocol) {
             Ok(sockets) => sockets,
             Err(error) => {
-                host.unseen.push(format!("the sockets of this host: {error}"));
+                host.unseen
+                    .push(format!("the sockets of this host: {error}"));
                 continue;
             }
         };
@@ -533,7 +538,11 @@ fn add_listeners(host: &mut Host, asked: &[Asked], instances: &mut [Instance]) {
             if protocol == Protocol::Udp {
                 let bound = target.listeners.iter();
                 let any = bound.clone().any(|one| covers(one.address, target.address));
-                target.plain = if any { Outcome::Open(0) } else { Outcome::Refused };
+                target.plain = if any {
+                    Outcome::Open(0)
+                } else {
+                    Outcome::Refused
+                };
             }
         }
     }

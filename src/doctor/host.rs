@@ -25,7 +25,9 @@ pub fn cannot_spoof() -> Option<CannotSpoof> {
 /// A switch of the kernel by its dotted name; an interface's name stands in its place with its dots.
 pub fn sysctl(path: &[&str]) -> Option<String> {
     let path: PathBuf = Path::new("/proc/sys").join(path.join("/"));
-    fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+    fs::read_to_string(path)
+        .ok()
+        .map(|text| text.trim().to_owned())
 }
 
 /// The switches that a verdict may look at, by dotted name.
@@ -85,7 +87,8 @@ pub fn filters() -> (Vec<FilterRule>, Vec<String>) {
     ] {
         let legacy_path = format!("/proc/thread-self/net/{legacy_names}");
         // asking legacy for a table makes the table, and only root may ask which there are
-        let has_legacy = fs::read_to_string(legacy_path).is_ok_and(|names| !names.trim().is_empty());
+        let has_legacy =
+            fs::read_to_string(legacy_path).is_ok_and(|names| !names.trim().is_empty());
         let plain_is_legacy = version(name).is_some_and(|version| !version.contains("nf_tables"));
         for (program, legacy) in [
             (name.to_owned(), plain_is_legacy),
@@ -138,7 +141,9 @@ fn run(program: &str, arguments: &[&str]) -> io::Result<String> {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    Err(io::Error::other(said.lines().next().unwrap_or("failed").to_owned()))
+    Err(io::Error::other(
+        said.lines().next().unwrap_or("failed").to_owned(),
+    ))
 }
 
 /// The running systemd-networkd of this network namespace and what it is told about others' rules.
@@ -202,9 +207,13 @@ fn networkd_settings(root: &Path) -> BTreeMap<String, String> {
 /// How many descriptors a process may open: its soft limit.
 pub fn descriptor_limit(pid: u32) -> Option<u64> {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
-    let line = limits.lines().find(|line| line.starts_with("Max open files"))?;
+    let line = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"))?;
     let soft = line.split_whitespace().nth(3)?;
-    soft.parse().ok().or((soft == "unlimited").then_some(u64::MAX))
+    soft.parse()
+        .ok()
+        .or((soft == "unlimited").then_some(u64::MAX))
 }
 
 #[cfg(test)]
@@ -222,13 +231,25 @@ mod tests {
         let key = "ManageForeignRoutes";
         let of = || networkd_settings(root.path()).get(key).cloned();
         assert_eq!(of(), None);
-        write("etc/systemd/networkd.conf", "[Network]\n#ManageForeignRoutes=no\n");
+        write(
+            "etc/systemd/networkd.conf",
+            "[Network]\n#ManageForeignRoutes=no\n",
+        );
         assert_eq!(of(), None);
-        write("usr/lib/systemd/networkd.conf.d/a.conf", "[Network]\nManageForeignRoutes = no\n");
+        write(
+            "usr/lib/systemd/networkd.conf.d/a.conf",
+            "[Network]\nManageForeignRoutes = no\n",
+        );
         assert_eq!(of().as_deref(), Some("no"));
-        write("etc/systemd/networkd.conf.d/a.conf", "[Network]\nManageForeignRoutes=yes\n");
+        write(
+            "etc/systemd/networkd.conf.d/a.conf",
+            "[Network]\nManageForeignRoutes=yes\n",
+        );
         assert_eq!(of().as_deref(), Some("yes"));
-        write("run/systemd/networkd.conf.d/b.conf", "[DHCPv4]\nManageForeignRoutes=off\n");
+        write(
+            "run/systemd/networkd.conf.d/b.conf",
+            "[DHCPv4]\nManageForeignRoutes=off\n",
+        );
         assert_eq!(of().as_deref(), Some("yes"));
     }
 }

@@ -140,12 +140,19 @@ fn owners(sockets: &[(SocketAddr, u64)]) -> HashMap<u64, Process> {
         if wanted.is_empty() {
             break;
         }
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
             continue;
         };
         // another user's process does not show its descriptors: nothing is known of it then
         let descriptors = fs::read_dir(entry.path().join("fd")).into_iter().flatten();
-        for link in descriptors.flatten().filter_map(|fd| fs::read_link(fd.path()).ok()) {
+        for link in descriptors
+            .flatten()
+            .filter_map(|fd| fs::read_link(fd.path()).ok())
+        {
             if let Some(inode) = link.to_str().and_then(|link| wanted.remove(link)) {
                 owners.insert(inode, process(pid));
             }

@@ -114,8 +114,7 @@ pub fn spoofed(protocol: Protocol, target: TargetAddr, mark: Mark, client: IpAdd
         }),
         Protocol::Udp => spoofed_udp(&spoof, Answers::Single).map(|spoofed| {
             let from = spoofed.socket.local_addr();
-            let outcome =
-                datagram(&spoofed.socket, start).unwrap_or_else(|error| failed(&error));
+            let outcome = datagram(&spoofed.socket, start).unwrap_or_else(|error| failed(&error));
             let entry = from.map_or(Entry::Unknown, |from| remembered(17, from, target));
             Spoofed { outcome, entry }
         }),

@@ -112,7 +112,11 @@ fn pathway_of<'e>(evidence: &'e Evidence, instance: &Instance) -> Option<&'e Pat
 /// The program with a verb.
 fn command(evidence: &Evidence, verb: &str) -> String {
     let program = evidence.host.command.as_str();
-    let program = if program.is_empty() { "mmproxyctl" } else { program };
+    let program = if program.is_empty() {
+        "mmproxyctl"
+    } else {
+        program
+    };
     format!("{program} {verb}")
 }
 

@@ -9,9 +9,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use super::ValueError;
 
 /// An address family, as `AF_INET` and `AF_INET6` in `socket(2)`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
     /// IPv4.

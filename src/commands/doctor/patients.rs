@@ -23,7 +23,8 @@ const USUAL: &str = "/etc/mmproxy";
 /// Who asks: what is typed before a verb so that it means the same files and processes.
 pub(in crate::commands) fn asker(global: &Global) -> Asker {
     let directory = &global.config_dir;
-    let from_environment = std::env::var_os("MMPROXY_CONFIG_DIR").is_some_and(|env| env == **directory);
+    let from_environment =
+        std::env::var_os("MMPROXY_CONFIG_DIR").is_some_and(|env| env == **directory);
     let mut command = "mmproxyctl".to_owned();
     if directory != Path::new(USUAL) && !from_environment {
         command.push_str(&format!(" --config-dir {}", directory.display()));
@@ -34,6 +35,7 @@ pub(in crate::commands) fn asker(global: &Global) -> Asker {
     Asker {
         command,
         config_dir: directory.display().to_string(),
+        firewall: global.firewall,
     }
 }
 
@@ -67,7 +69,10 @@ pub(in crate::commands) fn running(runtime: &RuntimeDir) -> BTreeMap<String, Rel
         let everything = Request::Explain {
             filter: Filter::default(),
         };
-        let troubled = process.instances.iter().any(|one| !one.recent_errors.is_empty());
+        let troubled = process
+            .instances
+            .iter()
+            .any(|one| !one.recent_errors.is_empty());
         // the connections are of interest only where some went wrong
         let connections = troubled
             .then(|| ask::<Explanation>(&mut found.client, &everything))
@@ -76,7 +81,10 @@ pub(in crate::commands) fn running(runtime: &RuntimeDir) -> BTreeMap<String, Rel
             .map(|all| all.open.into_iter().chain(all.ended).collect())
             .unwrap_or_default();
         for report in &process.instances {
-            relays.insert(report.name.clone(), relay(process.pid, report, &connections));
+            relays.insert(
+                report.name.clone(),
+                relay(process.pid, report, &connections),
+            );
         }
     }
     relays
@@ -101,7 +109,9 @@ fn relay(pid: u32, report: &InstanceReport, connections: &[Connection]) -> Relay
 fn met(error: &LastError, instance: &str, connections: &[Connection]) -> RelayError {
     let proxy: IpAddr = error.proxy.ip();
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let ago = now.unwrap_or_default().saturating_sub(Duration::from_secs(error.at));
+    let ago = now
+        .unwrap_or_default()
+        .saturating_sub(Duration::from_secs(error.at));
     let mended = connections.iter().any(|one| {
         let quiet = one.ended.as_ref().map_or(one.age_ms, |ended| ended.ago_ms);
         one.instance == instance

@@ -80,7 +80,11 @@ pub(super) fn set_target(
         &target.ip().to_string(),
     )];
     let port = target.port();
-    if instance.targets.iter().any(|one| one.address.port() != port) {
+    if instance
+        .targets
+        .iter()
+        .any(|one| one.address.port() != port)
+    {
         commands.push(set_column(evidence, instance, 4, &port.to_string()));
     }
     commands.push(command(evidence, &format!("pathway add {}", instance.mark)));

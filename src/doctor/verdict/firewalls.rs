@@ -19,8 +19,16 @@ pub(super) fn packets<'a>(
         hook,
         iif: dev.filter(|_| matches!(hook, "input" | "prerouting" | "ingress")),
         oif: dev.filter(|_| matches!(hook, "output" | "postrouting")),
-        from: if answer { target.address.ip() } else { target.client },
-        to: if answer { target.client } else { target.address.ip() },
+        from: if answer {
+            target.address.ip()
+        } else {
+            target.client
+        },
+        to: if answer {
+            target.client
+        } else {
+            target.address.ip()
+        },
         protocol: &instance.protocol,
         port: target.address.port(),
         answer,
@@ -120,14 +128,20 @@ pub(super) fn exception(
             commands.push(marked(rule, base, port, first, pathway));
         }
         if unmarked {
-            let port = if rule.action == Action::NoTrack { None } else { port };
+            let port = if rule.action == Action::NoTrack {
+                None
+            } else {
+                port
+            };
             let mut directions = vec![first.answer];
             directions.extend(here.map(|packet| packet.answer));
             directions.sort_unstable();
             directions.dedup();
-            commands.extend(directions.into_iter().map(|answer| {
-                addressed(rule, base, port, &Packet { answer, ..*first }, target)
-            }));
+            commands.extend(
+                directions.into_iter().map(|answer| {
+                    addressed(rule, base, port, &Packet { answer, ..*first }, target)
+                }),
+            );
         }
     }
     commands.dedup();
@@ -177,7 +191,11 @@ fn addressed(
     let number = target.address.port();
     if rule.at.program == "nft" {
         let family = if ip.is_ipv4() { "ip" } else { "ip6" };
-        let (address, side) = if packet.answer { ("saddr", "sport") } else { ("daddr", "dport") };
+        let (address, side) = if packet.answer {
+            ("saddr", "sport")
+        } else {
+            ("daddr", "dport")
+        };
         let name = match port {
             Some(port) if packet.iif.is_some() => format!("iifname {port} "),
             Some(port) => format!("oifname {port} "),
@@ -188,7 +206,11 @@ fn addressed(
             rule.at.family, rule.at.table, base.chain, packet.protocol
         );
     }
-    let (address, side) = if packet.answer { ("-s", "--sport") } else { ("-d", "--dport") };
+    let (address, side) = if packet.answer {
+        ("-s", "--sport")
+    } else {
+        ("-d", "--dport")
+    };
     let name = match port {
         Some(port) if packet.iif.is_some() => format!("-i {port} "),
         Some(port) => format!("-o {port} "),

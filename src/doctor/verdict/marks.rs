@@ -106,7 +106,9 @@ pub(super) fn judge(evidence: &Evidence) -> Vec<Diagnosis> {
         .iter()
         .filter_map(|pathway| {
             // the old scripts' rules look up the pathway's own table
-            let rules = rules.clone().filter(|rule| rule.table != Some(pathway.table));
+            let rules = rules
+                .clone()
+                .filter(|rule| rule.table != Some(pathway.table));
             let uses: Vec<Use> = rules
                 .filter_map(of_rule)
                 .chain(filters.clone().flat_map(of_filter))

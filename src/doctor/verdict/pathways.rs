@@ -19,18 +19,20 @@ pub(super) fn cannot_spoof(evidence: &Evidence, cannot: &CannotSpoof) -> Diagnos
         severity: Severity::Fault,
         instances: every_name(evidence),
         verdict: if denied {
-            "CAP_NET_ADMIN is missing: no address can be spoofed, and no pathway be looked at".to_owned()
+            "CAP_NET_ADMIN is missing: no address can be spoofed, and no pathway be looked at"
+                .to_owned()
         } else {
             format!("this kernel cannot {operation}: no client's address can be kept")
         },
         evidence: vec![format!("cannot {operation}: {said}")],
         fix: if denied {
             let doctor = command(evidence, "doctor");
-            Fix::run([format!("sudo {doctor}")]).knowing(
-                "a relay under systemd gets it with AmbientCapabilities=CAP_NET_ADMIN",
-            )
+            Fix::run([format!("sudo {doctor}")])
+                .knowing("a relay under systemd gets it with AmbientCapabilities=CAP_NET_ADMIN")
         } else {
-            Fix::advise("run a kernel with CONFIG_INET and CONFIG_IP_MULTIPLE_TABLES, or outside of a sandbox (gVisor, a seccomp filter) that lacks it")
+            Fix::advise(
+                "run a kernel with CONFIG_INET and CONFIG_IP_MULTIPLE_TABLES, or outside of a sandbox (gVisor, a seccomp filter) that lacks it",
+            )
         },
     }
 }
@@ -59,7 +61,11 @@ fn add(evidence: &Evidence, pathway: &Pathway) -> Fix {
 }
 
 fn unread(evidence: &Evidence, pathway: &Pathway, why: &str) -> Diagnosis {
-    let lacks = ["not supported", "missing kernel module", "Protocol not available"];
+    let lacks = [
+        "not supported",
+        "missing kernel module",
+        "Protocol not available",
+    ];
     let feature = lacks.iter().any(|text| why.contains(text));
     Diagnosis {
         fault: if feature {
@@ -95,11 +101,18 @@ fn ipv6(evidence: &Evidence, pathway: &Pathway) -> Option<Diagnosis> {
         return None;
     }
     let switch = |name: &str| format!("net.ipv6.conf.{name}.disable_ipv6");
-    let on = |name: &str| evidence.host.sysctls.get(&switch(name)).is_some_and(|value| value == "1");
+    let on = |name: &str| {
+        evidence
+            .host
+            .sysctls
+            .get(&switch(name))
+            .is_some_and(|value| value == "1")
+    };
     let name = if on("all") { "all" } else { "lo" };
     let fix = if on(name) {
         let mut fix = add(evidence, pathway);
-        fix.commands.insert(0, format!("sysctl -w {}=0", switch(name)));
+        fix.commands
+            .insert(0, format!("sysctl -w {}=0", switch(name)));
         // --fix changes no sysctl
         fix.pathway = None;
         fix
@@ -126,11 +139,16 @@ fn missing_piece(evidence: &Evidence, pathway: &Pathway, piece: &Missing) -> Dia
         .flat_map(|instance| &instance.targets)
         .filter(|target| piece.family.is_none_or(|family| family == target.family));
     for Target {
-        address, spoofed, client, ..
+        address,
+        spoofed,
+        client,
+        ..
     } in targets
     {
         if matches!(spoofed, Outcome::Silent | Outcome::Failed(_)) {
-            seen.push(format!("a spoofed connection from {client} to {address} gets no answer"));
+            seen.push(format!(
+                "a spoofed connection from {client} to {address} gets no answer"
+            ));
         }
     }
     seen.dedup();

@@ -72,7 +72,10 @@ fn descriptors(instance: &Instance, relay: &Relay) -> Option<Diagnosis> {
     }
     let mut seen = vec![format!("its limit is {limit}; each connection takes 2")];
     if relay.accept_pauses > 0 {
-        seen.push(format!("accepting paused {} times because they ran out", relay.accept_pauses));
+        seen.push(format!(
+            "accepting paused {} times because they ran out",
+            relay.accept_pauses
+        ));
     }
     Some(diagnosis(
         instance,
@@ -83,8 +86,11 @@ fn descriptors(instance: &Instance, relay: &Relay) -> Option<Diagnosis> {
             limit / 2
         ),
         seen,
-        Fix::run([format!("prlimit --pid {} --nofile={MANY}:{MANY}", relay.pid)])
-            .knowing("for good: LimitNOFILE= in its unit, ulimit -n where it is started by hand"),
+        Fix::run([format!(
+            "prlimit --pid {} --nofile={MANY}:{MANY}",
+            relay.pid
+        )])
+        .knowing("for good: LimitNOFILE= in its unit, ulimit -n where it is started by hand"),
     ))
 }
 
@@ -109,7 +115,8 @@ fn proxy(evidence: &Evidence, instance: &Instance, error: &RelayError) -> Option
                 Fault::ProxyNotAllowed,
                 format!("{proxy} knocks and is not on the allow list"),
                 seen,
-                Fix::run(commands).knowing("only if it is your proxy: who is on the list may claim to be anyone"),
+                Fix::run(commands)
+                    .knowing("only if it is your proxy: who is on the list may claim to be anyone"),
             ))
         }
         _ if *mended => None,
@@ -120,20 +127,22 @@ fn proxy(evidence: &Evidence, instance: &Instance, error: &RelayError) -> Option
                 "{proxy} connects and sends nothing: a health check that only connects, or a balancer that sends the header with the client's first bytes (AWS NLB)"
             ),
             seen,
-            Fix::advise("with such a balancer a protocol in which the server speaks first (ssh, smtp, mysql) cannot work: put HAProxy between, or a listener whose client speaks first"),
+            Fix::advise(
+                "with such a balancer a protocol in which the server speaks first (ssh, smtp, mysql) cannot work: put HAProxy between, or a listener whose client speaks first",
+            ),
         )),
-        "no-header" | "bad-header" | "header-truncated" | "header-timeout" => {
-            Some(diagnosis(
-                instance,
-                Fault::NoHeader,
-                match kind.as_str() {
-                    "no-header" => format!("{proxy} sends no PROXY header"),
-                    _ => format!("{proxy} sends a PROXY header that is broken or cut off"),
-                },
-                seen,
-                Fix::advise("on the proxy: send-proxy-v2 on the server line (HAProxy), proxy_protocol on (nginx)"),
-            ))
-        }
+        "no-header" | "bad-header" | "header-truncated" | "header-timeout" => Some(diagnosis(
+            instance,
+            Fault::NoHeader,
+            match kind.as_str() {
+                "no-header" => format!("{proxy} sends no PROXY header"),
+                _ => format!("{proxy} sends a PROXY header that is broken or cut off"),
+            },
+            seen,
+            Fix::advise(
+                "on the proxy: send-proxy-v2 on the server line (HAProxy), proxy_protocol on (nginx)",
+            ),
+        )),
         _ => None,
     }
 }

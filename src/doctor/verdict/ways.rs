@@ -52,7 +52,13 @@ pub(super) fn judge(evidence: &Evidence, instance: &Instance, target: &Target) -
 }
 
 impl Way<'_> {
-    fn diagnosis(&self, fault: Fault, verdict: String, evidence: Vec<String>, fix: Fix) -> Diagnosis {
+    fn diagnosis(
+        &self,
+        fault: Fault,
+        verdict: String,
+        evidence: Vec<String>,
+        fix: Fix,
+    ) -> Diagnosis {
         Diagnosis {
             fault,
             severity: Severity::Fault,
@@ -112,14 +118,31 @@ impl Way<'_> {
         let address = self.address();
         let mut seen = Vec::new();
         if self.is_udp() && !self.is_local() {
-            seen.push(format!("a datagram from this host to {address}: {}", said(plain)));
+            seen.push(format!(
+                "a datagram from this host to {address}: {}",
+                said(plain)
+            ));
         }
         if self.is_udp() {
-            seen.push(format!("a closed port of {}, from this host: {}", address.ip(), said(baseline)));
-            seen.push(format!("the same from {client} with the mark: {}", said(spoofed)));
+            seen.push(format!(
+                "a closed port of {}, from this host: {}",
+                address.ip(),
+                said(baseline)
+            ));
+            seen.push(format!(
+                "the same from {client} with the mark: {}",
+                said(spoofed)
+            ));
         } else {
-            seen.push(format!("a connection from this host to {address}: {}", said(plain)));
-            seen.push(format!("from {client} with mark {}: {}", self.pathway.mark, said(spoofed)));
+            seen.push(format!(
+                "a connection from this host to {address}: {}",
+                said(plain)
+            ));
+            seen.push(format!(
+                "from {client} with mark {}: {}",
+                self.pathway.mark,
+                said(spoofed)
+            ));
         }
         seen.push(match entry {
             Entry::Unknown => "connection tracking could not be asked about it".to_owned(),
@@ -130,7 +153,11 @@ impl Way<'_> {
                 replied,
             } => format!(
                 "connection tracking has it with mark {mark}{}{}",
-                if state.is_empty() { String::new() } else { format!(", {state}") },
+                if state.is_empty() {
+                    String::new()
+                } else {
+                    format!(", {state}")
+                },
                 if *replied { "" } else { ", no answer seen" }
             ),
         });
@@ -167,9 +194,15 @@ impl Way<'_> {
             Some(container) if container.is_ipv4() == address.is_ipv4() => {
                 Fix::run(edits::set_target(self.evidence, self.instance, container))
             }
-            _ => Fix::advise("write the container's own address (docker inspect) into instances.tsv"),
+            _ => {
+                Fix::advise("write the container's own address (docker inspect) into instances.tsv")
+            }
         };
-        let seen = vec![format!("pid {}: {}", process.pid, process.arguments.join(" "))];
+        let seen = vec![format!(
+            "pid {}: {}",
+            process.pid,
+            process.arguments.join(" ")
+        )];
         Some(self.diagnosis(Fault::DockerProxy, verdict, seen, fix))
     }
 
@@ -193,7 +226,12 @@ impl Way<'_> {
                 Vec::new(),
                 Fix::advise("bring up the interface that leads there, or correct the target"),
             )),
-            Outcome::Silent | Outcome::Failed(_) if !self.is_udp() => Some(self.silent()),
+            // some ways are open to marked packets only
+            Outcome::Silent | Outcome::Failed(_)
+                if !self.is_udp() && !matches!(self.target.spoofed, Outcome::Open(_)) =>
+            {
+                Some(self.silent())
+            }
             _ => None,
         }
     }
@@ -203,20 +241,24 @@ impl Way<'_> {
         let address = self.address();
         let mut listeners = self.target.listeners.iter();
         let other = listeners.find(|one| {
-            self.is_local() && one.address.is_ipv4() == address.is_ipv4() && !covers(one.address, address)
+            self.is_local()
+                && one.address.is_ipv4() == address.is_ipv4()
+                && !covers(one.address, address)
         })?;
         let process = match &other.process {
             Some(process) => format!("{}, pid {}", process.name, process.pid),
             None => "a process that cannot be seen".to_owned(),
         };
         let bound = other.address;
-        Some(self.diagnosis(
-            Fault::ServiceElsewhere,
-            format!("the service listens at {bound}, not at {address}"),
-            vec![process],
-            Fix::run(edits::set_target(self.evidence, self.instance, bound))
-                .knowing("or have the service listen there, too"),
-        ))
+        Some(
+            self.diagnosis(
+                Fault::ServiceElsewhere,
+                format!("the service listens at {bound}, not at {address}"),
+                vec![process],
+                Fix::run(edits::set_target(self.evidence, self.instance, bound))
+                    .knowing("or have the service listen there, too"),
+            ),
+        )
     }
 
     fn ports(&self) -> Option<Diagnosis> {
@@ -228,17 +270,22 @@ impl Way<'_> {
             wider.0, wider.1
         )]);
         if self.instance.keeps_ports {
-            fix = fix.knowing("instances with port=any, and kernels from 6.3 on, leave the host its ports");
+            fix = fix.knowing(
+                "instances with port=any, and kernels from 6.3 on, leave the host its ports",
+            );
         }
-        Some(self.diagnosis(
-            Fault::PortsExhausted,
-            "this host cannot connect any more: sockets with clients' addresses hold its ports".to_owned(),
-            vec![format!(
-                "of ports {from} to {to}, {} are taken, {} by spoofed sockets",
-                ports.taken, ports.spoofed
-            )],
-            fix,
-        ))
+        Some(
+            self.diagnosis(
+                Fault::PortsExhausted,
+                "this host cannot connect any more: sockets with clients' addresses hold its ports"
+                    .to_owned(),
+                vec![format!(
+                    "of ports {from} to {to}, {} are taken, {} by spoofed sockets",
+                    ports.taken, ports.spoofed
+                )],
+                fix,
+            ),
+        )
     }
 
     /// Not even this host gets an answer.
@@ -290,10 +337,15 @@ impl Way<'_> {
             }
             None => Fix::advise(format!("bind the service to {address}")),
         };
-        let seen = vec![format!("a packet to {} without source: {}", self.target.client, self.target.chosen)];
+        let seen = vec![format!(
+            "a packet to {} without source: {}",
+            self.target.client, self.target.chosen
+        )];
         let mut found = self.diagnosis(Fault::WildcardUdp, verdict, seen, fix);
         let process = wildcard.process.as_ref();
-        found.evidence.extend(process.map(|one| format!("{}, pid {}", one.name, one.pid)));
+        found
+            .evidence
+            .extend(process.map(|one| format!("{}, pid {}", one.name, one.pid)));
         Some(found)
     }
 
@@ -309,12 +361,16 @@ impl Way<'_> {
         let words = rule.words(rule.priority);
         let seen = vec![
             format!("{} rule: {words}", rule.family),
-            format!("answer to {} with the mark: {}", shadow.clients, shadow.answer),
+            format!(
+                "answer to {} with the mark: {}",
+                shadow.clients, shadow.answer
+            ),
         ];
         let ours = self.pathway.priority;
-        Some(if rule.priority > behind && ours > Priority::DEFAULT.get() {
-            let priority = Priority::DEFAULT.get().min(rule.priority - behind);
-            self.diagnosis(
+        Some(
+            if rule.priority > behind && ours > Priority::DEFAULT.get() {
+                let priority = Priority::DEFAULT.get().min(rule.priority - behind);
+                self.diagnosis(
                 Fault::PriorityBehindForeignRules,
                 format!(
                     "pathway {} has priority {ours}, behind another program's {} rule at {}, which takes its answers",
@@ -323,9 +379,9 @@ impl Way<'_> {
                 seen,
                 pathways::with_option(self.evidence, self.pathway, "priority", &priority.to_string()),
             )
-        } else {
-            let moved = rule.words(ours + behind);
-            self.diagnosis(
+            } else {
+                let moved = rule.words(ours + behind);
+                self.diagnosis(
                 Fault::ForeignRuleShadows,
                 format!(
                     "another program's {} rule at priority {} comes before pathway {} and takes its answers",
@@ -335,7 +391,8 @@ impl Way<'_> {
                 Fix::run([format!("{ip} add {moved}"), format!("{ip} del {words}")])
                     .knowing("and have the program that made it put it there"),
             )
-        })
+            },
+        )
     }
 
     /// Packets do not come back, and no piece of the pathway is missing.
@@ -359,7 +416,9 @@ impl Way<'_> {
             .into_iter()
             .map(|mut packet| {
                 // the line is about others than the client of the probe
-                if let (Some(_), Some(source), false) = (&clients, rule.matches.source, packet.answer) {
+                if let (Some(_), Some(source), false) =
+                    (&clients, rule.matches.source, packet.answer)
+                {
                     packet.from = source.net.addr();
                 }
                 packet
@@ -385,17 +444,27 @@ impl Way<'_> {
             fix,
         );
         if let Some(met) = rule.met().filter(|met| *met > 0) {
-            found.evidence.push(format!("it met {met} packets while the probes ran"));
+            found
+                .evidence
+                .push(format!("it met {met} packets while the probes ran"));
         }
         found
     }
 
     fn not_tracked(&self) -> Option<Diagnosis> {
-        if self.target.entry != Entry::Absent || !self.pathway.connmark {
+        // the request, or only its answer
+        let half = matches!(self.target.entry, Entry::Seen { replied: false, .. });
+        if (self.target.entry != Entry::Absent && !half) || !self.pathway.connmark {
             return None;
         }
         let packets = packets(self.instance, self.target, self.pathway);
         let rule = culprit(self.evidence, &packets, &Action::NoTrack)?;
+        let all = self.evidence.host.filters.iter();
+        let mut commands: Vec<String> = all
+            .filter(|rule| rule.action == Action::NoTrack)
+            .flat_map(|rule| exception(rule, &packets, self.target, self.pathway))
+            .collect();
+        commands.dedup();
         Some(self.diagnosis(
             Fault::NotTracked,
             format!(
@@ -405,7 +474,7 @@ impl Way<'_> {
                 rule.text
             ),
             self.seen(),
-            Fix::run(exception(rule, &packets, self.target, self.pathway)),
+            Fix::run(commands),
         ))
     }
 
@@ -419,7 +488,10 @@ impl Way<'_> {
         );
         let mut seen = self.seen();
         seen.push(dropped);
-        seen.push(format!("route to the target with the mark: {}", self.target.forward));
+        seen.push(format!(
+            "route to the target with the mark: {}",
+            self.target.forward
+        ));
         let switch = |name: &str| self.evidence.host.sysctls.get(name).map(String::as_str);
         // the mark leads to the target and nothing else does: only with it is the way back the same
         let by_mark = !matches!(self.target.plain, Outcome::Open(_))
@@ -475,13 +547,18 @@ impl Way<'_> {
         let address = self.address();
         let (ip, port) = (address.ip(), address.port());
         let mut seen = self.seen();
-        seen.push(format!("{ip} answers this host, and {client} not through this host"));
+        seen.push(format!(
+            "{ip} answers this host, and {client} not through this host"
+        ));
         let family = if ip.is_ipv4() { "ip" } else { "ip -6" };
         let fix = match (forward.source, forward.gateway) {
             (Some(here), None) => Fix {
                 on: Some(ip),
                 ..Fix::run([
-                    format!("{family} route replace default via {here} table {}", self.pathway.table),
+                    format!(
+                        "{family} route replace default via {here} table {}",
+                        self.pathway.table
+                    ),
                     format!(
                         "{family} rule add from {ip} ipproto {} sport {port} lookup {}",
                         self.instance.protocol, self.pathway.table
@@ -506,7 +583,13 @@ impl Way<'_> {
         if forgot(&self.target.entry, self.pathway.mark, self.pathway.mask) {
             seen.push("something changes the connection's mark".to_owned());
         }
-        seen.extend(self.evidence.host.unseen.iter().map(|what| format!("not looked at: {what}")));
+        seen.extend(
+            self.evidence
+                .host
+                .unseen
+                .iter()
+                .map(|what| format!("not looked at: {what}")),
+        );
         self.diagnosis(
             Fault::Unexplained,
             format!(
@@ -517,7 +600,10 @@ impl Way<'_> {
             Fix::advise(format!(
                 "trace one: nft monitor trace, or tcpdump -ni any port {}; then {}",
                 self.address().port(),
-                command(self.evidence, &format!("pathway check {}", self.pathway.mark))
+                command(
+                    self.evidence,
+                    &format!("pathway check {}", self.pathway.mark)
+                )
             )),
         )
     }
@@ -525,15 +611,18 @@ impl Way<'_> {
     /// Clients that a firewall line singles out, while others come through.
     fn singled_out(&self) -> Vec<Diagnosis> {
         let Target { singled_out, .. } = self.target;
-        let lost = singled_out
-            .iter()
-            .filter(|one| !one.outcome.came_back() && !self.is_broken() && !self.piece_is_missing());
+        let lost = singled_out.iter().filter(|one| {
+            !one.outcome.came_back() && !self.is_broken() && !self.piece_is_missing()
+        });
         lost.filter_map(|one| {
             let rule = self.evidence.host.filters.get(one.filter)?;
             let clients = one.clients;
             let mut found = self.drop_by(rule, Some(format!(" from clients in {clients}")));
             found.evidence.truncate(2);
-            found.evidence.push(format!("a spoofed connection from {clients}: {}", said(&one.outcome)));
+            found.evidence.push(format!(
+                "a spoofed connection from {clients}: {}",
+                said(&one.outcome)
+            ));
             // a proxy there is such a client itself: what it sends with LOCAL or UNKNOWN has its own address
             let proxies = self.instance.allow.iter().find(|proxy| {
                 let narrow = proxy.prefix_len() > 0;
@@ -543,7 +632,9 @@ impl Way<'_> {
             let mut lost = errors.filter_map(|error| error.client);
             let met = lost.find(|client| clients.contains(client));
             match (proxies, met) {
-                (_, Some(client)) => found.evidence.push(format!("client {client} was lost lately")),
+                (_, Some(client)) => found
+                    .evidence
+                    .push(format!("client {client} was lost lately")),
                 (Some(proxy), None) => found.evidence.push(format!(
                     "proxy {proxy} is one of them: its own connections (health checks) are lost"
                 )),

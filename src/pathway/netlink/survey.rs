@@ -282,10 +282,13 @@ fn any(family: Family) -> IpAddr {
 }
 
 fn destination(family: Family, message: &RouteMessage) -> Option<IpNet> {
-    let to = message.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Destination(to) => ip(to),
-        _ => None,
-    });
+    let to = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Destination(to) => ip(to),
+            _ => None,
+        });
     let length = message.header.destination_prefix_length;
     IpNet::new(to.unwrap_or(any(family)), length).ok()
 }
@@ -351,17 +354,23 @@ fn seen(family: Family, message: &RuleMessage) -> SeenRule {
             | RuleAttribute::SuppressIfGroup(u32::MAX) => {}
             RuleAttribute::SuppressPrefixLen(length) => rule.suppress = Some(*length),
             RuleAttribute::UidRange(range) => {
-                selector.beyond.push(format!("uidrange {}-{}", range.start, range.end));
+                selector
+                    .beyond
+                    .push(format!("uidrange {}-{}", range.start, range.end));
             }
             RuleAttribute::IpProtocol(protocol) => {
                 let name = format!("{protocol:?}").to_lowercase();
                 selector.beyond.push(format!("ipproto {name}"));
             }
             RuleAttribute::SourcePortRange(range) => {
-                selector.beyond.push(format!("sport {}-{}", range.start, range.end));
+                selector
+                    .beyond
+                    .push(format!("sport {}-{}", range.start, range.end));
             }
             RuleAttribute::DestinationPortRange(range) => {
-                selector.beyond.push(format!("dport {}-{}", range.start, range.end));
+                selector
+                    .beyond
+                    .push(format!("dport {}-{}", range.start, range.end));
             }
             RuleAttribute::L3MDev(true) => selector.beyond.push("l3mdev".to_owned()),
             _ => {}
