@@ -20,8 +20,8 @@ use nix::unistd::Pid;
 use self::ills::{Ill, Remedy};
 use super::namespace::{Error as NamespaceError, Namespace};
 
-/// Where every service listens: TCP, and UDP.
-pub const PORTS: (u16, u16) = (8080, 5353);
+/// Where services listen: TCP, and UDP. Those on wks01's own addresses listen one port further on.
+const PORTS: (u16, u16) = (8080, 5353);
 
 /// Why there is no clinic, or a command in it failed.
 #[derive(Debug, thiserror::Error)]
@@ -107,7 +107,7 @@ listening() {
     tries=0
     until [ -n \"$(ss -Hltn \"sport = :$1\")\" ]; do tries=$((tries + 1)); [ $tries -lt 500 ]; sleep 0.02; done
 }
-proxy() { port=$1; shift; nsenter --net=\"$LAN\" mmproxyctl probe \"10.0.0.2:$port\" --client 192.0.2.77:4000 \"$@\"; }
+proxy() { port=$1; shift; nsenter --net=\"$LAN\" timeout 1 mmproxyctl probe \"10.0.0.2:$port\" --client 192.0.2.77:4000 \"$@\"; }
 ";
 
 /// The configuration that every fault begins with.
@@ -116,11 +116,11 @@ const FILES: [(&str, &str); 3] = [
     (
         "instances.tsv",
         "local\t123\t10.0.0.2:2201\t127.0.0.1\t8080\t::1
-own\t123\t10.0.0.2:2202\t10.0.0.2\t8080\tfd00::2
+own\t123\t10.0.0.2:2202\t10.0.0.2\t8081\tfd00::2
 container\t123\t10.0.0.2:2203\t172.20.0.2\t8080\tfd00:20::2
 routed\t123\t10.0.0.2:2204\t10.9.0.2\t8080\tfd00:9::2
 local-udp\t123\t10.0.0.2:2205\t127.0.0.1\t5353\t::1\tprotocol=udp
-own-udp\t123\t10.0.0.2:2206\t10.0.0.2\t5353\tfd00::2\tprotocol=udp
+own-udp\t123\t10.0.0.2:2206\t10.0.0.2\t5354\tfd00::2\tprotocol=udp
 container-udp\t123\t10.0.0.2:2207\t172.20.0.2\t5353\tfd00:20::2\tprotocol=udp
 routed-udp\t123\t10.0.0.2:2208\t10.9.0.2\t5353\tfd00:9::2\tprotocol=udp
 ",
@@ -181,13 +181,16 @@ impl Clinic {
             fs::write(clinic.config().join(name), text).map_err(system("write a file"))?;
         }
         clinic.run(CABLES)?;
-        for address in ["127.0.0.1", "::1", "10.0.0.2", "fd00::2"] {
-            clinic.serve_both(address, |clinic| &clinic.wks01)?;
+        for address in ["127.0.0.1", "::1"] {
+            clinic.serve_both(address, 0, |clinic| &clinic.wks01)?;
+        }
+        for address in ["10.0.0.2", "fd00::2"] {
+            clinic.serve_both(address, 1, |clinic| &clinic.wks01)?;
         }
         for address in ["172.20.0.2", "fd00:20::2"] {
-            clinic.serve_both(address, |clinic| &clinic.container)?;
+            clinic.serve_both(address, 0, |clinic| &clinic.container)?;
         }
-        clinic.serve_both("::", |clinic| &clinic.routed)?;
+        clinic.serve_both("::", 0, |clinic| &clinic.routed)?;
         Ok(clinic)
     }
 
@@ -201,10 +204,15 @@ impl Clinic {
         &self.wks01
     }
 
-    fn serve_both(&mut self, address: &str, on: fn(&Self) -> &Namespace) -> Result<(), Error> {
+    fn serve_both(
+        &mut self,
+        address: &str,
+        further: u16,
+        on: fn(&Self) -> &Namespace,
+    ) -> Result<(), Error> {
         for (udp, port) in [(false, PORTS.0), (true, PORTS.1)] {
             let address = match address.parse() {
-                Ok(ip) => SocketAddr::new(ip, port),
+                Ok(ip) => SocketAddr::new(ip, port + further),
                 Err(error) => return Err(system("read an address")(io::Error::other(error))),
             };
             let service = on(self).enter(|| bind(udp, address))??;

@@ -129,6 +129,8 @@ pub struct Missing {
     pub text: String,
     /// Whether it is the rule that stands in for a default route.
     pub unrouted: bool,
+    /// Whether nothing is missing, but the table is another program's.
+    pub taken: bool,
 }
 
 /// An instance.
@@ -301,6 +303,8 @@ pub struct Relay {
     pub pid: u32,
     /// How many descriptors it may have; none where that cannot be seen.
     pub descriptors: Option<u64>,
+    /// How many it may give itself.
+    pub descriptors_at_most: Option<u64>,
     /// Times that accepting paused because descriptors ran out.
     pub accept_pauses: u64,
     /// What went wrong with connections lately, one for each kind and proxy.

@@ -19,6 +19,8 @@ pub enum Fault {
     Ipv6Disabled,
     /// A rule, route or CONNMARK line is not there.
     PathwayPieceMissing,
+    /// Another program uses the pathway's table.
+    TableTaken,
     /// The host has no default route, and the rule that stands in for it is not there.
     NoDefaultRoute,
     /// `route_localnet` is on and the rule that it makes harmful is still there.

@@ -233,6 +233,7 @@ fn missing(finding: &pathway::Finding) -> Missing {
         family,
         text: finding.to_string(),
         unrouted,
+        taken: matches!(finding.problem, Problem::TableTaken(_)),
     }
 }
 

@@ -204,16 +204,19 @@ fn networkd_settings(root: &Path) -> BTreeMap<String, String> {
     settings
 }
 
-/// How many descriptors a process may open: its soft limit.
-pub fn descriptor_limit(pid: u32) -> Option<u64> {
+/// How many descriptors a process may open, and how many it may give itself: its soft and hard limit.
+pub fn descriptor_limits(pid: u32) -> Option<(u64, u64)> {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
     let line = limits
         .lines()
         .find(|line| line.starts_with("Max open files"))?;
-    let soft = line.split_whitespace().nth(3)?;
-    soft.parse()
-        .ok()
-        .or((soft == "unlimited").then_some(u64::MAX))
+    let mut words = line.split_whitespace().skip(3);
+    let mut limit = || {
+        let word = words.next()?;
+        let unlimited = (word == "unlimited").then_some(u64::MAX);
+        word.parse().ok().or(unlimited)
+    };
+    Some((limit()?, limit()?))
 }
 
 #[cfg(test)]

@@ -48,7 +48,7 @@ pub(super) fn run(wanted: &[String]) -> anyhow::Result<ExitCode> {
     }
     writeln!(
         out,
-        "{shown} faults shown, named and mended, {skipped} not shown."
+        "Shown, named and mended: {shown}; not shown: {skipped}."
     )?;
     Ok(ExitCode::from(u8::from(skipped > 0)))
 }

@@ -96,9 +96,11 @@ fn ask<T: serde::de::DeserializeOwned>(client: &mut Client, request: &Request) -
 
 fn relay(pid: u32, report: &InstanceReport, connections: &[Connection]) -> Relay {
     let errors = report.recent_errors.iter();
+    let limits = host::descriptor_limits(pid);
     Relay {
         pid,
-        descriptors: host::descriptor_limit(pid),
+        descriptors: limits.map(|(soft, _)| soft),
+        descriptors_at_most: limits.map(|(_, hard)| hard),
         accept_pauses: report.totals.accept_pauses,
         errors: errors
             .map(|error| met(error, &report.name, connections))

@@ -15,14 +15,14 @@ struct Use {
     value: u32,
     mask: u32,
     sets: bool,
-    /// A firewall line with the very mark and mask of the pathway is there for it: an exception.
-    exact_is_fine: bool,
     program: &'static str,
     shown: String,
 }
 
 impl Use {
-    /// How it clashes with a mark and mask.
+    /// How it clashes with a mark and mask. What looks for the very mark and mask of the pathway is there
+    /// for it: an exception, or a route of its own.
+
     fn clash(&self, mark: u32, mask: u32) -> Option<&'static str> {
         let shared = self.mask & mask;
         let ours = (self.value ^ mark) & shared == 0;
@@ -32,7 +32,7 @@ impl Use {
             Some("changes bits of it")
         } else if self.sets {
             ours.then_some("sets it on packets of its own")
-        } else if self.exact_is_fine && (self.value, self.mask) == (mark, mask) {
+        } else if (self.value, self.mask) == (mark, mask) {
             None
         } else {
             (ours && self.value & shared != 0).then_some("takes packets that carry it for its own")
@@ -69,7 +69,6 @@ fn of_rule(rule: &SeenRule) -> Option<Use> {
         value,
         mask,
         sets: false,
-        exact_is_fine: false,
         program: program("", value, mask),
         shown: format!("{} rule: {}", rule.family, rule.words(rule.priority)),
     })
@@ -84,7 +83,6 @@ fn of_filter(filter: &FilterRule) -> Vec<Use> {
         value,
         mask,
         sets,
-        exact_is_fine: true,
         program: program(&filter.at.chain, value, mask),
         shown: format!("{place}: {}", filter.text),
     };
@@ -132,14 +130,19 @@ fn of_pathway(evidence: &Evidence, pathway: &Pathway, uses: &[Use]) -> Option<Di
     let theirs = clashes.iter().fold(0, |bits, (one, _)| bits | one.mask);
     let free = |mark, mask| uses.iter().all(|one| one.clash(mark, mask).is_none());
     let narrower = mask & !theirs;
-    let fix = if mark & narrower == mark && narrower != 0 && free(mark, narrower) {
-        pathways::with_option(evidence, pathway, "mask", &format!("{narrower:#x}"))
+    // as narrow as the mark allows, else everything but their bits
+    let masks = [u32::MAX >> mark.leading_zeros(), narrower];
+    let fits = |narrow: &&u32| mark & **narrow == mark && **narrow != mask && free(mark, **narrow);
+    let fix = if let Some(narrow) = masks.iter().find(fits) {
+        pathways::with_option(evidence, pathway, "mask", &format!("{narrow:#x}"))
     } else {
         let used = |mark| evidence.pathways.iter().any(|other| other.mark == mark);
-        match (1..=0xff).find(|&mark| !used(mark) && free(mark, 0xff)) {
+        match (100..=0xff).find(|&mark| !used(mark) && free(mark, 0xff)) {
             Some(mark) => {
                 let mut commands = edits::set_mark(evidence, pathway, mark);
-                if pathway.mask != u32::MAX {
+                // a mask= that was written out is one for the old mark
+                let usual = if pathway.mark <= 0xff { 0xff } else { u32::MAX };
+                if pathway.mask != usual && pathway.configured {
                     commands.insert(1, edits::set_option(evidence, pathway, "mask", "0xff"));
                 }
                 let all = evidence.instances.iter();

@@ -10,6 +10,20 @@ pub(super) fn cannot_spoof(evidence: &Evidence, cannot: &CannotSpoof) -> Diagnos
     let CannotSpoof { operation, errno } = cannot;
     let said = std::io::Error::from_raw_os_error(*errno);
     let denied = *errno == libc::EPERM;
+    without_spoofing(
+        evidence,
+        denied,
+        operation,
+        vec![format!("cannot {operation}: {said}")],
+    )
+}
+
+fn without_spoofing(
+    evidence: &Evidence,
+    denied: bool,
+    operation: &str,
+    seen: Vec<String>,
+) -> Diagnosis {
     Diagnosis {
         fault: if denied {
             Fault::MissingCapability
@@ -19,12 +33,11 @@ pub(super) fn cannot_spoof(evidence: &Evidence, cannot: &CannotSpoof) -> Diagnos
         severity: Severity::Fault,
         instances: every_name(evidence),
         verdict: if denied {
-            "CAP_NET_ADMIN is missing: no address can be spoofed, and no pathway be looked at"
-                .to_owned()
+            "CAP_NET_ADMIN is missing: no pathway can be looked at, and no relay can run".to_owned()
         } else {
             format!("this kernel cannot {operation}: no client's address can be kept")
         },
-        evidence: vec![format!("cannot {operation}: {said}")],
+        evidence: seen,
         fix: if denied {
             let doctor = command(evidence, "doctor");
             Fix::run([format!("sudo {doctor}")])
@@ -45,8 +58,14 @@ pub(super) fn judge(evidence: &Evidence) -> Vec<Diagnosis> {
             found.push(unread(evidence, pathway, why));
         }
         found.extend(ipv6(evidence, pathway));
-        let missing = pathway.missing.iter();
-        found.extend(missing.map(|piece| missing_piece(evidence, pathway, piece)));
+        match pathway.missing.iter().find(|piece| piece.taken) {
+            // nothing can be put in place before that is settled
+            Some(taken) => found.push(table_taken(evidence, pathway, taken)),
+            None => {
+                let missing = pathway.missing.iter();
+                found.extend(missing.map(|piece| missing_piece(evidence, pathway, piece)));
+            }
+        }
         found.extend(stale(evidence, pathway));
     }
     found
@@ -61,6 +80,10 @@ fn add(evidence: &Evidence, pathway: &Pathway) -> Fix {
 }
 
 fn unread(evidence: &Evidence, pathway: &Pathway, why: &str) -> Diagnosis {
+    // CAP_NET_RAW alone may spoof
+    if why.contains("CAP_NET_ADMIN") {
+        return without_spoofing(evidence, true, "", vec![why.to_owned()]);
+    }
     let lacks = [
         "not supported",
         "missing kernel module",
@@ -171,6 +194,26 @@ fn missing_piece(evidence: &Evidence, pathway: &Pathway, piece: &Missing) -> Dia
         },
         evidence: seen,
         fix: add(evidence, pathway),
+    }
+}
+
+fn table_taken(evidence: &Evidence, pathway: &Pathway, taken: &Missing) -> Diagnosis {
+    let used = |table: u32| {
+        let mut rules = evidence.host.rules.iter();
+        rules.any(|rule| rule.table == Some(table))
+            || evidence.pathways.iter().any(|other| other.table == table)
+    };
+    let fix = match (1000 + pathway.mark % 1000..10_000).find(|&table| !used(table)) {
+        Some(table) => with_option(evidence, pathway, "table", &table.to_string()),
+        None => Fix::advise("give the pathway a table= that nobody uses"),
+    };
+    Diagnosis {
+        fault: Fault::TableTaken,
+        severity: Severity::Fault,
+        instances: names_of(evidence, pathway),
+        verdict: taken.text.clone(),
+        evidence: Vec::new(),
+        fix,
     }
 }
 

@@ -64,6 +64,9 @@ fn listen(evidence: &Evidence, instance: &Instance) -> Option<Diagnosis> {
 
 fn descriptors(instance: &Instance, relay: &Relay) -> Option<Diagnosis> {
     let limit = relay.descriptors?;
+    // only a program with CAP_SYS_RESOURCE can raise the hard limit
+    let most = relay.descriptors_at_most;
+    let more = most.filter(|most| *most >= FEW).unwrap_or(MANY);
     let connections = instance.max_connections.map_or(0, u64::from);
     let needed = FEW.max(2 * connections + 64);
     let ran_out = relay.accept_pauses > 0 && limit < MANY / 16;
@@ -87,7 +90,7 @@ fn descriptors(instance: &Instance, relay: &Relay) -> Option<Diagnosis> {
         ),
         seen,
         Fix::run([format!(
-            "prlimit --pid {} --nofile={MANY}:{MANY}",
+            "prlimit --pid {} --nofile={more}:{more}",
             relay.pid
         )])
         .knowing("for good: LimitNOFILE= in its unit, ulimit -n where it is started by hand"),

@@ -550,6 +550,11 @@ impl Way<'_> {
         seen.push(format!(
             "{ip} answers this host, and {client} not through this host"
         ));
+        let mut switches = self.evidence.host.sysctls.iter();
+        let strict = switches.find(|(name, value)| name.ends_with(".rp_filter") && *value == "1");
+        seen.extend(strict.map(|(name, _)| {
+            format!("unless it does, by another interface: {name}=1 drops what comes in so, unseen by anybody")
+        }));
         let family = if ip.is_ipv4() { "ip" } else { "ip -6" };
         let fix = match (forward.source, forward.gateway) {
             (Some(here), None) => Fix {

@@ -26,7 +26,7 @@ fn a_burst_of_timeouts_is_diagnosed_once() {
         let _ = clinic.output("proxy 2202").unwrap();
     }
     wait_for("the last of them", || {
-        log().matches("no answer from 10.0.0.2:8080").count() >= 5
+        log().matches("no answer from 10.0.0.2:8081").count() >= 5
     });
     std::thread::sleep(std::time::Duration::from_millis(1500));
     let log = log();
