@@ -83,12 +83,15 @@ struct Entry<T> {
     keeper: AbortHandle,
 }
 
+/// Tasks that are being drained, each with since when.
+pub type Drained<T> = Vec<(Instant, Rc<T>)>;
+
 /// The tasks of a process. Dropping it stops looking after them.
 pub struct Supervisor<T> {
     entries: BTreeMap<String, Entry<T>>,
     keepers: JoinSet<()>,
     draining: JoinSet<()>,
-    drained: Rc<RefCell<Vec<(Instant, Rc<T>)>>>,
+    drained: Rc<RefCell<Drained<T>>>,
     changed: Rc<watch::Sender<()>>,
 }
 
@@ -193,7 +196,7 @@ impl<T: Task + 'static> Supervisor<T> {
     }
 
     /// The tasks that are being drained, each with since when.
-    pub fn drained_tasks(&self) -> Vec<(Instant, Rc<T>)> {
+    pub fn drained_tasks(&self) -> Drained<T> {
         self.drained.borrow().clone()
     }
 

@@ -40,6 +40,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
             dry_run: how.dry_run,
             runtime_dir: RuntimeDir::resolve(global.runtime_dir.clone()),
             lock_timeout: LOCK_LIMIT,
+            firewall: global.firewall,
         };
         let report = runtime.block_on(async {
             match goal {
@@ -61,7 +62,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
         PathwayCommand::DelAll(how) => change(Goal::Del, None, how),
         PathwayCommand::List(args) => {
             let listed = runtime
-                .block_on(pathway::list(&files.pathways))
+                .block_on(pathway::list(&files.pathways, global.firewall))
                 .context("cannot list the pathways")?;
             show_list(&listed, args.json)?;
             Ok(ExitCode::SUCCESS)
@@ -72,7 +73,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
                 targets => resolve(global, &files, targets)?,
             };
             let findings = runtime
-                .block_on(pathway::check(&pathways))
+                .block_on(pathway::check(&pathways, global.firewall))
                 .with_context(|| format!("cannot check {}", named(&pathways)))?;
             show_check(&pathways, &findings, args.json)
         }

@@ -318,6 +318,7 @@ impl Fleet {
             dry_run: false,
             runtime_dir: self.world.runtime_dir.clone(),
             lock_timeout: LOCK_LIMIT,
+            firewall: self.world.firewall,
         }
     }
 

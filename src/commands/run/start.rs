@@ -97,6 +97,7 @@ pub(super) fn start(
         workers: Workers::start(count).context("cannot start the worker threads")?,
         runtime_dir,
         no_check: args.no_check,
+        firewall: global.firewall,
         configuration: RefCell::new(Rc::new(configuration)),
         instances: std::cell::Cell::new(0),
         locks: RefCell::new(locks),
