@@ -1,7 +1,7 @@
 //! `pathway …`: which pathways are meant, then the change or the question, then what a person reads.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Write};
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use anyhow::Context;
 use serde::Serialize;
 
 use super::UsageError;
-use super::output::{print_json, table, trimmed};
+use super::output::{print_json, results, table, trimmed};
 use crate::cli::{Global, PathwayAllArgs, PathwayChangeArgs, PathwayCommand};
 use crate::config::{self, PathwayFiles};
 use crate::model::{Mark, Pathway};
@@ -210,7 +210,7 @@ fn show_change(
             eprintln!("note: {note}");
         }
     }
-    let mut out = io::stdout().lock();
+    let mut out = results();
     if how.dry_run {
         for change in &report.changes {
             writeln!(out, "{}", change.command)?;
@@ -299,7 +299,7 @@ fn show_list(listed: &[Listed], json: bool) -> anyhow::Result<()> {
             pieces,
         ]);
     }
-    writeln!(io::stdout().lock(), "{}", trimmed(&table))?;
+    writeln!(results(), "{}", trimmed(&table))?;
     Ok(())
 }
 
@@ -318,7 +318,7 @@ fn show_check(pathways: &[Pathway], findings: &[Finding], json: bool) -> anyhow:
         })?;
         return Ok(code);
     }
-    let mut out = io::stdout().lock();
+    let mut out = results();
     for pathway in pathways {
         let mark = pathway.mark;
         let mut of = findings
