@@ -7,6 +7,7 @@
 //! | [`netlink`] | rules and routes through rtnetlink |
 //! | [`firewall`] | the mangle table; its driver for iptables |
 //! | [`host`] | lock, read, diff, apply, read back, verify, undo |
+//! | [`watch`] | keeping them: told of changes, reading again, repairing, counting |
 //!
 //! Must not know: connections, configuration files, how a report is shown.
 
@@ -16,6 +17,7 @@ mod lines;
 pub mod netlink;
 pub mod piece;
 pub mod plan;
+pub mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -1,5 +1,7 @@
 //! `pathway …`: which pathways are meant, then the change or the question, then what a person reads.
 
+mod watch;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -55,6 +57,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
         Ok(ExitCode::SUCCESS)
     };
     match command {
+        PathwayCommand::Watch(args) => watch::run(global, &files, &args, &runtime),
         PathwayCommand::Add(args) => change(Goal::Add, targets(&args), args.change),
         PathwayCommand::Del(args) => change(Goal::Del, targets(&args), args.change),
         PathwayCommand::AddAll(how) => change(Goal::Add, None, how),

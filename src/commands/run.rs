@@ -8,7 +8,6 @@ mod handover;
 mod plan;
 mod relay;
 mod view;
-mod watch;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,7 +33,7 @@ use self::fleet::{Fleet, ReloadError, Selection};
 use self::handover::{Answer, Estate, Inheritance, Successor};
 use self::relay::{World, lock_name};
 use self::view::View;
-use self::watch::Watch;
+use super::files::{self, Watch};
 use super::{UsageError, drawn};
 use crate::cli::{Global, RunArgs};
 use crate::config::{self, Configuration};
@@ -415,7 +414,7 @@ impl Process {
         let watch = if self.args.watch_config {
             let watch = Watch::new().context("cannot watch the configuration")?;
             watch
-                .follow(&fleet.world.configuration.borrow().clone())
+                .follow(files::directories(&fleet.world.configuration.borrow()))
                 .context("cannot watch the configuration")?;
             Some(watch)
         } else {
@@ -454,7 +453,7 @@ impl Process {
                     drop(fleet.reload().await);
                     if let Some(watch) = &watch {
                         let configuration = fleet.world.configuration.borrow().clone();
-                        if let Err(error) = watch.follow(&configuration) {
+                        if let Err(error) = watch.follow(files::directories(&configuration)) {
                             error!(%error, "cannot watch all of the configuration");
                         }
                     }

@@ -8,10 +8,10 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::model::{ConnmarkMode, Family, Pathway};
-use crate::runtime_dir::{self, RuntimeDir};
+use crate::runtime_dir::{self, Attempt, Lock, RuntimeDir};
 
 use super::firewall::iptables::{self, Tool};
 use super::netlink::{self, Lookup, Netlink, RoutesOf};
@@ -26,6 +26,10 @@ const ANYWHERE: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1)),
 ];
+
+/// The name of the lock that keeps two runs apart, and how often one that is held is tried again.
+const LOCK: &str = "pathways";
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// `CAP_NET_ADMIN`, see `capabilities(7)`.
 const CAP_NET_ADMIN: u32 = 12;
@@ -45,6 +49,9 @@ pub enum Error {
     /// The mangle table.
     #[error(transparent)]
     Firewall(iptables::Error),
+    /// The kernel's notifications.
+    #[error("cannot listen to the kernel's changes")]
+    Events(#[source] io::Error),
     /// A file under /proc.
     #[error("cannot read {path}")]
     Proc {
@@ -80,6 +87,17 @@ pub enum Error {
         #[source]
         source: Box<Error>,
     },
+}
+
+impl Error {
+    /// Whether it failed because an interface is down: a local route needs `lo` to be up.
+    pub fn is_network_down(&self) -> bool {
+        match self {
+            Self::Netlink(error) => error.errno() == Some(libc::ENETDOWN),
+            Self::Undone { source, .. } => source.is_network_down(),
+            _ => false,
+        }
+    }
 }
 
 impl From<netlink::Error> for Error {
@@ -125,6 +143,7 @@ pub struct Report {
 }
 
 /// What is there and what it means for these pathways.
+#[derive(Debug, Default)]
 pub(super) struct Reading {
     pub(super) facts: Facts,
     pub(super) present: Present,
@@ -138,13 +157,10 @@ pub(super) async fn change(
     options: &Options,
 ) -> Result<Report, Error> {
     let host = Host::open(goal, pathways)?;
-    let lock = || {
-        options
-            .runtime_dir
-            .lock("pathways", options.lock_timeout)
-            .map_err(Error::Lock)
+    let _lock = match options.dry_run {
+        true => None,
+        false => Some(lock(options).await?),
     };
-    let _lock = (!options.dry_run).then(lock).transpose()?;
     let reading = host.read(pathways).await?;
     let plan = plan::plan(goal, pathways, &reading.facts, &reading.present);
     let mut notes = reading.notes;
@@ -164,6 +180,27 @@ pub(super) async fn change(
         }
     }
     Ok(Report { changes, notes })
+}
+
+/// The lock that keeps two runs apart. Waits without keeping the thread from other work: that may be
+/// what has the lock.
+pub(super) async fn lock(options: &Options) -> Result<Lock, Error> {
+    let start = Instant::now();
+    let limit = options.lock_timeout;
+    loop {
+        match options.runtime_dir.try_lock(LOCK)? {
+            Attempt::Held(lock) => return Ok(lock),
+            Attempt::HeldBy(holder) if start.elapsed() >= limit => {
+                let path = options.runtime_dir.file(LOCK, "lock")?;
+                return Err(Error::Lock(runtime_dir::Error::Busy {
+                    path,
+                    holder,
+                    limit,
+                }));
+            }
+            Attempt::HeldBy(_) => tokio::time::sleep(LOCK_PAUSE).await,
+        }
+    }
 }
 
 /// Reads what is there, without a lock.
@@ -221,46 +258,25 @@ fn require_net_admin() -> Result<(), Error> {
 }
 
 /// The ways into the kernel.
-struct Host {
+#[derive(Debug)]
+pub(super) struct Host {
+    goal: Goal,
     netlink: Netlink,
     /// The families the kernel has.
     families: Vec<Family>,
-    /// The families that pathways are served in.
-    served: Vec<Family>,
     /// Binaries by family; none where no line is wanted and none is installed.
     tools: Vec<(Family, Vec<Tool>)>,
-    notes: Vec<String>,
 }
 
 impl Host {
-    fn open(goal: Goal, pathways: &[Pathway]) -> Result<Self, Error> {
+    pub(super) fn open(goal: Goal, pathways: &[Pathway]) -> Result<Self, Error> {
         require_net_admin()?;
         let families = kernel_families();
-        let mut served = vec![Family::V4];
-        let mut notes = Vec::new();
-        let mut without_v6 = |why: &str| notes.push(format!("{why}: the pathways serve IPv4 only"));
-        // the kernel asks the interface's own switch, and `all` writes through to it
-        if !families.contains(&Family::V6) {
-            without_v6("this kernel runs without IPv6");
-        } else if switch("/proc/sys/net/ipv6/conf/lo/disable_ipv6")? {
-            without_v6("IPv6 is switched off (net.ipv6.conf.lo.disable_ipv6)");
-        } else {
-            served.push(Family::V6);
-        }
-        let wants_lines = goal == Goal::Add
-            && pathways
-                .iter()
-                .any(|pathway| pathway.connmark != ConnmarkMode::Off);
         let mut tools = Vec::new();
         for &family in &families {
             match iptables::tools(family) {
                 Ok(found) => tools.push((family, found)),
-                Err(iptables::Error::Missing { program }) if family == Family::V6 => {
-                    if wants_lines && served.contains(&family) {
-                        without_v6(&format!("{program} is not installed"));
-                        served.retain(|served| *served != family);
-                    }
-                }
+                Err(iptables::Error::Missing { .. }) if family == Family::V6 => {}
                 Err(error @ iptables::Error::Missing { .. }) => {
                     if pathways.iter().any(Pathway::wants_connmark) && goal == Goal::Add {
                         return Err(error.into());
@@ -269,27 +285,60 @@ impl Host {
                 Err(error) => return Err(error.into()),
             }
         }
-        if goal == Goal::Del {
-            notes.clear();
-        }
         Ok(Self {
+            goal,
             netlink: Netlink::open()?,
             families,
-            served,
             tools,
-            notes,
         })
     }
 
     async fn read(&self, pathways: &[Pathway]) -> Result<Reading, Error> {
+        let mut reading = Reading::default();
+        self.read_facts(pathways, &mut reading).await?;
+        self.read_present(pathways, &mut reading.present).await?;
+        Ok(reading)
+    }
+
+    /// The families that pathways are served in.
+    fn served(&self, pathways: &[Pathway], notes: &mut Vec<String>) -> Result<Vec<Family>, Error> {
+        let wants_lines = || {
+            let mut pathways = pathways.iter();
+            self.goal == Goal::Add
+                && pathways.any(|pathway| pathway.connmark != ConnmarkMode::Off)
+        };
+        // the kernel asks the interface's own switch, and `all` writes through to it
+        let why = if !self.families.contains(&Family::V6) {
+            "this kernel runs without IPv6"
+        } else if switch("/proc/sys/net/ipv6/conf/lo/disable_ipv6")? {
+            "IPv6 is switched off (net.ipv6.conf.lo.disable_ipv6)"
+        } else if wants_lines() && !self.tools.iter().any(|(family, _)| *family == Family::V6) {
+            "ip6tables is not installed"
+        } else {
+            return Ok(Family::BOTH.to_vec());
+        };
+        if self.goal == Goal::Add {
+            notes.push(format!("{why}: the pathways serve IPv4 only"));
+        }
+        Ok(vec![Family::V4])
+    }
+
+    /// What of the host decides how the scheme looks.
+    pub(super) async fn read_facts(
+        &self,
+        pathways: &[Pathway],
+        reading: &mut Reading,
+    ) -> Result<(), Error> {
+        reading.notes.clear();
+        let families = self.served(pathways, &mut reading.notes)?;
         let mut facts = Facts {
-            families: self.served.clone(),
+            families,
             route_localnet: switch("/proc/sys/net/ipv4/conf/all/route_localnet")?,
             default_route: Vec::new(),
             own: BTreeSet::new(),
         };
         for (family, to) in Family::BOTH.into_iter().zip(ANYWHERE) {
-            if !self.served.contains(&family) {
+            if !facts.families.contains(&family) {
                 continue;
             }
             let lookup = self.netlink.lookup(to).await?;
@@ -308,49 +357,88 @@ impl Host {
         for target in pathways.iter().flat_map(|pathway| &pathway.targets) {
             let single = target.prefix_len() == target.max_prefix_len();
             if single
-                && self.served.contains(&Family::of(target.addr()))
+                && facts.families.contains(&Family::of(target.addr()))
                 && self.netlink.lookup(target.addr()).await? == Lookup::Local
             {
                 facts.own.insert(target.addr());
             }
         }
-        Ok(Reading {
-            facts,
-            present: self.present(pathways).await?,
-            notes: self.notes.clone(),
-        })
+        reading.facts = facts;
+        Ok(())
     }
 
-    async fn present(&self, pathways: &[Pathway]) -> Result<Present, Error> {
-        let mut present = Present::default();
+    async fn read_present(
+        &self,
+        pathways: &[Pathway],
+        present: &mut Present,
+    ) -> Result<(), Error> {
+        self.read_rules(present).await?;
+        self.read_routes(pathways, present).await?;
+        self.read_firewall(present).await
+    }
+
+    pub(super) async fn read_rules(&self, present: &mut Present) -> Result<(), Error> {
+        let (mut plain, mut other_lookups) = (BTreeSet::new(), BTreeSet::new());
         for &family in &self.families {
             let rules = self.netlink.rules(family).await?;
-            present.rules.extend(rules.plain);
-            present.other_lookups.extend(rules.other_lookups);
+            plain.extend(rules.plain);
+            other_lookups.extend(rules.other_lookups);
         }
+        (present.rules, present.other_lookups) = (plain, other_lookups);
+        Ok(())
+    }
+
+    /// The routes of the tables that matter, which the rules tell.
+    pub(super) async fn read_routes(
+        &self,
+        pathways: &[Pathway],
+        present: &mut Present,
+    ) -> Result<(), Error> {
         let tables = plan::tables_to_read(pathways, &present.rules);
+        let mut found = Vec::new();
         for &family in &self.families {
             if tables.len() > TABLES_ONE_BY_ONE {
                 let routes = self.netlink.routes(family, RoutesOf::Everyone).await?;
-                present
-                    .routes
-                    .extend(routes.into_iter().filter(|route| match route {
-                        FoundRoute::LocalDefault(route) => tables.contains(&route.table),
-                        FoundRoute::Other { table, .. } => tables.contains(table),
-                    }));
+                found.extend(routes.into_iter().filter(|route| match route {
+                    FoundRoute::LocalDefault(route) => tables.contains(&route.table),
+                    FoundRoute::Other { table, .. } => tables.contains(table),
+                }));
                 continue;
             }
             for &table in &tables {
                 let of = RoutesOf::Table(table);
-                present
-                    .routes
-                    .extend(self.netlink.routes(family, of).await?);
+                found.extend(self.netlink.routes(family, of).await?);
             }
         }
+        present.routes = found;
+        Ok(())
+    }
+
+    pub(super) async fn read_firewall(&self, present: &mut Present) -> Result<(), Error> {
+        let mut found = Vec::new();
         for (_, tools) in &self.tools {
-            present.firewall.extend(iptables::read(tools).await?);
+            found.extend(iptables::read(tools).await?);
         }
-        Ok(present)
+        present.firewall = found;
+        Ok(())
+    }
+
+    /// Whether lines of ours are, or would be, where no event tells of a change.
+    pub(super) fn is_silent(&self, present: &Present) -> bool {
+        let tools = self.tools.iter().flat_map(|(_, tools)| tools);
+        let mut silent = tools.filter(|tool| !tool.tells());
+        let written = |tool: &Tool| {
+            let mut rulesets = present.firewall.iter();
+            let first = |family| {
+                let mut rulesets = present.firewall.iter();
+                rulesets.find(|ruleset| ruleset.family == family)
+            };
+            rulesets.any(|ruleset| {
+                ruleset.program == *tool.program()
+                    && (ruleset.has_ours() || first(ruleset.family) == Some(ruleset))
+            })
+        };
+        silent.any(written)
     }
 
     /// Applies changes in order; `done` holds what was reached, also on failure.
@@ -367,7 +455,7 @@ impl Host {
     }
 
     /// One transaction's steps: line steps of one program, or a single step of any other kind.
-    async fn run(&self, batch: &[Step]) -> Result<(), Error> {
+    pub(super) async fn run(&self, batch: &[Step]) -> Result<(), Error> {
         match batch {
             [Step::AddRule(rule)] => self.netlink.add_rule(rule).await?,
             [Step::DelRule(rule)] => self.netlink.del_rule(rule).await?,
@@ -398,7 +486,8 @@ impl Host {
 
     /// Reads back, and plans again with the same facts: nothing may be left to do.
     async fn verify(&self, goal: Goal, pathways: &[Pathway], facts: &Facts) -> Result<(), Error> {
-        let present = self.present(pathways).await?;
+        let mut present = Present::default();
+        self.read_present(pathways, &mut present).await?;
         let Plan { changes, .. } = plan::plan(goal, pathways, facts, &present);
         match changes.first() {
             None => Ok(()),
@@ -459,7 +548,7 @@ impl Host {
     }
 }
 
-fn same_transaction(left: &Step, right: &Step) -> bool {
+pub(super) fn same_transaction(left: &Step, right: &Step) -> bool {
     let program = |step: &Step| match step {
         Step::InsertLine(line) | Step::DelLine(line) => Some(line.program.clone()),
         _ => None,

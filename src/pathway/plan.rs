@@ -20,7 +20,7 @@ use super::piece::{Chain, FoundRoute, Job, Line, PROTOCOL, Route, Rule, Step, UN
 pub const UNROUTED_PRIORITY: u32 = 40_000;
 
 /// What of the host decides how the scheme looks.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Facts {
     /// The families that this host serves.
     pub families: Vec<Family>,

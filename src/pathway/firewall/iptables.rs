@@ -196,6 +196,11 @@ impl Tool {
         &self.program
     }
 
+    /// Whether the kernel tells of changes that are made with it.
+    pub fn tells(&self) -> bool {
+        self.variant == Variant::Nft
+    }
+
     /// Reads the mangle table, if there is one. `plain` is the variant that `iptables` means.
     async fn read(&self, plain: bool) -> Result<Ruleset, Error> {
         let mut ruleset = Ruleset::empty(self.family, self.program.clone());
