@@ -12,6 +12,7 @@ use ipnet::IpNet;
 use crate::metrics::Endpoint;
 use crate::model::{ValueError, parse_duration, parse_prefix};
 use crate::overview::Sort;
+use crate::pathway::Firewall;
 
 /// Lets services behind a PROXY-protocol sender see their real clients: kernel pathways and relays.
 #[derive(Debug, Parser)]
@@ -40,6 +41,15 @@ pub struct Global {
     /// Where locks and control sockets live [default: $RUNTIME_DIRECTORY, else /run/mmproxy]
     #[arg(long, global = true, value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
+    /// What gives the services' answers their mark
+    #[arg(
+        long,
+        global = true,
+        value_name = "BACKEND",
+        env = "MMPROXY_FIREWALL",
+        default_value = "auto"
+    )]
+    pub firewall: Firewall,
     /// How logs are written on stderr
     #[arg(long, global = true, value_name = "FORMAT", default_value = "auto")]
     pub log_format: LogFormat,

@@ -5,6 +5,7 @@
 
 mod fleet;
 mod handover;
+mod keep;
 mod plan;
 mod relay;
 mod view;
@@ -139,6 +140,7 @@ fn start(
         workers: Workers::start(count).context("cannot start the worker threads")?,
         runtime_dir,
         no_check: args.no_check,
+        firewall: global.firewall,
         configuration: RefCell::new(Rc::new(configuration)),
         instances: std::cell::Cell::new(0),
         locks: RefCell::new(locks),
@@ -154,7 +156,7 @@ fn start(
             selection,
             Rc::new(world),
             global.config_dir.clone(),
-            args.manage_pathways,
+            args.manage_pathways.then(|| name.clone()),
         )),
         args,
         program,
@@ -645,6 +647,7 @@ impl Handler {
             .await
             .context("the handover panicked")??;
         self.fleet.succeeded.set(true);
+        self.fleet.stop_keeping();
         let supervisor = self.fleet.supervisor.borrow();
         let statuses = self.fleet.statuses();
         let active = statuses

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use crate::model::{ConnmarkMode, Family, Pathway};
 use crate::runtime_dir::{self, Attempt, Lock, RuntimeDir};
 
-use super::firewall::iptables::{self, Tool};
+use super::firewall::{self, Backend, Firewall, Firewalls, same_transaction};
 use super::netlink::{self, Lookup, Netlink, RoutesOf};
 use super::piece::{FoundRoute, Made, Step};
-use super::plan::{self, Change, Facts, Goal, Plan, Present, TableTaken};
+use super::plan::{self, Change, Facts, Goal, Plan, Present, TableTaken, wants_lines};
 
 /// Up to this many tables are read one by one; beyond, one dump of everything is cheaper.
 const TABLES_ONE_BY_ONE: usize = 32;
@@ -48,7 +48,7 @@ pub enum Error {
     Netlink(netlink::Error),
     /// The mangle table.
     #[error(transparent)]
-    Firewall(iptables::Error),
+    Firewall(firewall::Error),
     /// The kernel's notifications.
     #[error("cannot listen to the kernel's changes")]
     Events(#[source] io::Error),
@@ -109,10 +109,10 @@ impl From<netlink::Error> for Error {
     }
 }
 
-impl From<iptables::Error> for Error {
-    fn from(error: iptables::Error) -> Self {
+impl From<firewall::Error> for Error {
+    fn from(error: firewall::Error) -> Self {
         match error {
-            iptables::Error::Tables { source, .. }
+            firewall::Error::Tables { source, .. }
                 if source.raw_os_error() == Some(libc::EPERM) =>
             {
                 Self::Denied
@@ -131,6 +131,8 @@ pub struct Options {
     pub runtime_dir: RuntimeDir,
     /// How long another run may hold it.
     pub lock_timeout: Duration,
+    /// What gives replies their mark.
+    pub firewall: Firewall,
 }
 
 /// What a run changed, or would.
@@ -143,7 +145,7 @@ pub struct Report {
 }
 
 /// What is there and what it means for these pathways.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Reading {
     pub(super) facts: Facts,
     pub(super) present: Present,
@@ -156,7 +158,7 @@ pub(super) async fn change(
     pathways: &[Pathway],
     options: &Options,
 ) -> Result<Report, Error> {
-    let host = Host::open(goal, pathways)?;
+    let host = Host::open(goal, options.firewall)?;
     let _lock = match options.dry_run {
         true => None,
         false => Some(lock(options).await?),
@@ -204,8 +206,8 @@ pub(super) async fn lock(options: &Options) -> Result<Lock, Error> {
 }
 
 /// Reads what is there, without a lock.
-pub(super) async fn read(pathways: &[Pathway]) -> Result<Reading, Error> {
-    Host::open(Goal::Add, pathways)?.read(pathways).await
+pub(super) async fn read(pathways: &[Pathway], firewall: Firewall) -> Result<Reading, Error> {
+    Host::open(Goal::Add, firewall)?.read(pathways).await
 }
 
 /// Every route of ours, in whatever table.
@@ -264,56 +266,69 @@ pub(super) struct Host {
     netlink: Netlink,
     /// The families the kernel has.
     families: Vec<Family>,
-    /// Binaries by family; none where no line is wanted and none is installed.
-    tools: Vec<(Family, Vec<Tool>)>,
+    firewalls: Firewalls,
 }
 
 impl Host {
-    pub(super) fn open(goal: Goal, pathways: &[Pathway]) -> Result<Self, Error> {
+    pub(super) fn open(goal: Goal, firewall: Firewall) -> Result<Self, Error> {
         require_net_admin()?;
         let families = kernel_families();
-        let mut tools = Vec::new();
-        for &family in &families {
-            match iptables::tools(family) {
-                Ok(found) => tools.push((family, found)),
-                Err(iptables::Error::Missing { .. }) if family == Family::V6 => {}
-                Err(error @ iptables::Error::Missing { .. }) => {
-                    if pathways.iter().any(Pathway::wants_connmark) && goal == Goal::Add {
-                        return Err(error.into());
-                    }
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
         Ok(Self {
             goal,
             netlink: Netlink::open()?,
+            firewalls: Firewalls::open(firewall, &families)?,
             families,
-            tools,
         })
     }
 
-    async fn read(&self, pathways: &[Pathway]) -> Result<Reading, Error> {
-        let mut reading = Reading::default();
-        self.read_facts(pathways, &mut reading).await?;
-        self.read_present(pathways, &mut reading.present).await?;
-        Ok(reading)
+    /// Everything that matters to these pathways.
+    pub(super) async fn read(&self, pathways: &[Pathway]) -> Result<Reading, Error> {
+        let firewall = self.firewalls.read().await?;
+        let (facts, notes) = self.read_facts(pathways, &firewall).await?;
+        Ok(Reading {
+            present: self.present(pathways, firewall).await?,
+            facts,
+            notes,
+        })
+    }
+
+    /// What of the host decides how the scheme looks, and what a person should know of it.
+    pub(super) async fn read_facts(
+        &self,
+        pathways: &[Pathway],
+        firewall: &firewall::Found,
+    ) -> Result<(Facts, Vec<String>), Error> {
+        let backend = self.firewalls.backend(firewall);
+        let mut notes = Vec::new();
+        let served = self.served(pathways, backend, &mut notes)?;
+        let facts = self.facts(pathways, served, backend).await?;
+        let any_lines = || pathways.iter().any(|pathway| wants_lines(pathway, &facts));
+        if self.goal == Goal::Add && any_lines() {
+            self.firewalls.require(backend, Family::V4)?;
+        }
+        Ok((facts, notes))
     }
 
     /// The families that pathways are served in.
-    fn served(&self, pathways: &[Pathway], notes: &mut Vec<String>) -> Result<Vec<Family>, Error> {
-        let wants_lines = || {
-            let mut pathways = pathways.iter();
-            self.goal == Goal::Add
-                && pathways.any(|pathway| pathway.connmark != ConnmarkMode::Off)
-        };
+    fn served(
+        &self,
+        pathways: &[Pathway],
+        backend: Backend,
+        notes: &mut Vec<String>,
+    ) -> Result<Vec<Family>, Error> {
+        let connmark = |pathway: &Pathway| pathway.connmark != ConnmarkMode::Off;
         // the kernel asks the interface's own switch, and `all` writes through to it
         let why = if !self.families.contains(&Family::V6) {
-            "this kernel runs without IPv6"
+            "this kernel runs without IPv6".to_owned()
         } else if switch("/proc/sys/net/ipv6/conf/lo/disable_ipv6")? {
-            "IPv6 is switched off (net.ipv6.conf.lo.disable_ipv6)"
-        } else if wants_lines() && !self.tools.iter().any(|(family, _)| *family == Family::V6) {
-            "ip6tables is not installed"
+            "IPv6 is switched off (net.ipv6.conf.lo.disable_ipv6)".to_owned()
+        } else if self.goal == Goal::Add
+            && pathways.iter().any(connmark)
+            && self.firewalls.require(backend, Family::V4).is_ok()
+            && let Err(firewall::Error::Missing { program, .. }) =
+                self.firewalls.require(backend, Family::V6)
+        {
+            format!("{program} is not installed")
         } else {
             return Ok(Family::BOTH.to_vec());
         };
@@ -323,19 +338,18 @@ impl Host {
         Ok(vec![Family::V4])
     }
 
-    /// What of the host decides how the scheme looks.
-    pub(super) async fn read_facts(
+    async fn facts(
         &self,
         pathways: &[Pathway],
-        reading: &mut Reading,
-    ) -> Result<(), Error> {
-        reading.notes.clear();
-        let families = self.served(pathways, &mut reading.notes)?;
+        families: Vec<Family>,
+        backend: Backend,
+    ) -> Result<Facts, Error> {
         let mut facts = Facts {
             families,
             route_localnet: switch("/proc/sys/net/ipv4/conf/all/route_localnet")?,
             default_route: Vec::new(),
             own: BTreeSet::new(),
+            backend,
         };
         for (family, to) in Family::BOTH.into_iter().zip(ANYWHERE) {
             if !facts.families.contains(&family) {
@@ -363,18 +377,21 @@ impl Host {
                 facts.own.insert(target.addr());
             }
         }
-        reading.facts = facts;
-        Ok(())
+        Ok(facts)
     }
 
-    async fn read_present(
+    async fn present(
         &self,
         pathways: &[Pathway],
-        present: &mut Present,
-    ) -> Result<(), Error> {
-        self.read_rules(present).await?;
-        self.read_routes(pathways, present).await?;
-        self.read_firewall(present).await
+        firewall: firewall::Found,
+    ) -> Result<Present, Error> {
+        let mut present = Present {
+            firewall,
+            ..Present::default()
+        };
+        self.read_rules(&mut present).await?;
+        self.read_routes(pathways, &mut present).await?;
+        Ok(present)
     }
 
     pub(super) async fn read_rules(&self, present: &mut Present) -> Result<(), Error> {
@@ -415,30 +432,13 @@ impl Host {
     }
 
     pub(super) async fn read_firewall(&self, present: &mut Present) -> Result<(), Error> {
-        let mut found = Vec::new();
-        for (_, tools) in &self.tools {
-            found.extend(iptables::read(tools).await?);
-        }
-        present.firewall = found;
+        present.firewall = self.firewalls.read().await?;
         Ok(())
     }
 
-    /// Whether lines of ours are, or would be, where no event tells of a change.
+    /// Whether lines of ours are, or would be, where the kernel tells nobody of a change.
     pub(super) fn is_silent(&self, present: &Present) -> bool {
-        let tools = self.tools.iter().flat_map(|(_, tools)| tools);
-        let mut silent = tools.filter(|tool| !tool.tells());
-        let written = |tool: &Tool| {
-            let mut rulesets = present.firewall.iter();
-            let first = |family| {
-                let mut rulesets = present.firewall.iter();
-                rulesets.find(|ruleset| ruleset.family == family)
-            };
-            rulesets.any(|ruleset| {
-                ruleset.program == *tool.program()
-                    && (ruleset.has_ours() || first(ruleset.family) == Some(ruleset))
-            })
-        };
-        silent.any(written)
+        self.firewalls.is_silent(&present.firewall)
     }
 
     /// Applies changes in order; `done` holds what was reached, also on failure.
@@ -462,32 +462,15 @@ impl Host {
             [Step::AddRoute(route)] => self.netlink.add_route(route).await?,
             [Step::AdoptRoute { route, .. }] => self.netlink.replace_route(route).await?,
             [Step::DelRoute(route)] => self.netlink.del_route(route).await?,
-            // "did not" means that somebody else uses it by now: then it is theirs
-            [Step::DropChain { family, chain, .. }] => {
-                iptables::drop_chain(*family, *chain)?;
-            }
-            [Step::DropTable { family }] => {
-                iptables::drop_table(*family)?;
-            }
-            [Step::InsertLine(line) | Step::DelLine(line), ..] => {
-                let tool = self
-                    .tools
-                    .iter()
-                    .flat_map(|(_, tools)| tools)
-                    .find(|tool| *tool.program() == line.program);
-                if let Some(tool) = tool {
-                    tool.write(batch).await?;
-                }
-            }
-            _ => {}
+            _ => self.firewalls.write(batch).await?,
         }
         Ok(())
     }
 
     /// Reads back, and plans again with the same facts: nothing may be left to do.
     async fn verify(&self, goal: Goal, pathways: &[Pathway], facts: &Facts) -> Result<(), Error> {
-        let mut present = Present::default();
-        self.read_present(pathways, &mut present).await?;
+        let firewall = self.firewalls.read().await?;
+        let present = self.present(pathways, firewall).await?;
         let Plan { changes, .. } = plan::plan(goal, pathways, facts, &present);
         match changes.first() {
             None => Ok(()),
@@ -529,8 +512,8 @@ impl Host {
         }
         for (_, family, chain) in made {
             let dropped = match chain {
-                Some(chain) => iptables::drop_chain(family, chain),
-                None => iptables::drop_table(family),
+                Some(chain) => firewall::drop_chain(family, chain),
+                None => firewall::drop_table(family),
             };
             if let Err(error) = dropped {
                 tracing::error!(%error, "cannot take back");
@@ -546,12 +529,4 @@ impl Host {
             source,
         }
     }
-}
-
-pub(super) fn same_transaction(left: &Step, right: &Step) -> bool {
-    let program = |step: &Step| match step {
-        Step::InsertLine(line) | Step::DelLine(line) => Some(line.program.clone()),
-        _ => None,
-    };
-    program(left).is_some() && program(left) == program(right)
 }

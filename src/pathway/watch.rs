@@ -28,9 +28,11 @@ use tracing::{debug, error, info, warn};
 
 use crate::model::{Mark, Pathway};
 
-use super::host::{self, Error, Host, Options, Reading, same_transaction};
+use super::firewall::same_transaction;
+use super::host::{self, Error, Host, Options, Reading};
 use super::piece::Step;
 use super::plan::{self, Change, Facts, Goal, Outcome, Plan, TableTaken};
+use culprit::Culprits;
 use events::{Events, News, Parts};
 use pieces::{Losses, Piece};
 use repairs::{Published, Repairs};
@@ -77,7 +79,7 @@ pub struct Keeper {
 #[derive(Debug, Default)]
 struct Round {
     applied: Vec<Change>,
-    failures: Vec<String>,
+    failures: BTreeSet<String>,
 }
 
 impl Keeper {
@@ -85,37 +87,46 @@ impl Keeper {
     ///
     /// # Errors
     /// When the kernel cannot be listened to or read.
-    pub fn open(
-        wanted: watch::Receiver<Vec<Pathway>>,
+    pub async fn open(
+        mut wanted: watch::Receiver<Vec<Pathway>>,
         options: Options,
         poll: Duration,
         name: &str,
     ) -> Result<Self, Error> {
-        let pathways = wanted.borrow().clone();
-        let host = Host::open(Goal::Add, &pathways)?;
+        let pathways = wanted.borrow_and_update().clone();
+        let host = Host::open(Goal::Add, options.firewall)?;
+        // before the reading: what changes under way is told
         let events = Events::open().map_err(Error::Events)?;
+        let reading = host.read(&pathways).await?;
         let published = Published::new(&options.runtime_dir, name)?;
-        Ok(Self {
+        let mut keeper = Self {
             wanted,
             options,
             poll,
             host,
             events,
-            news: News {
-                parts: Parts::ALL,
-                ..News::default()
-            },
+            news: News::default(),
             told: None,
             polled: Instant::now(),
+            tables: plan::tables_to_read(&pathways, &reading.present.rules),
             pathways,
-            tables: BTreeSet::new(),
-            reading: Reading::default(),
+            reading,
             losses: Losses::default(),
             storms: Storms::default(),
             repairs: Repairs::new(),
             published,
             complaint: String::new(),
-        })
+        };
+        let plan = keeper.plan_for(&keeper.pathways, &keeper.reading.facts);
+        let nothing_before = BTreeMap::new();
+        keeper.losses.update(
+            &pieces::missing(&plan),
+            &nothing_before,
+            &Culprits::default(),
+            Instant::now(),
+        );
+        keeper.publish();
+        Ok(keeper)
     }
 
     /// Waits until there may be something to repair. Cancel-safe.
@@ -165,7 +176,9 @@ impl Keeper {
         if self.news.parts.any() {
             let now = Instant::now();
             // what only concerned facts may have waited for longer than a piece may
-            let first = self.told.filter(|_| before.pieces() || !self.news.parts.pieces());
+            let first = self
+                .told
+                .filter(|_| before.pieces() || !self.news.parts.pieces());
             self.told = Some((first.map_or(now, |(first, _)| first), now));
         }
         Ok(())
@@ -187,11 +200,11 @@ impl Keeper {
         let outcome = self.round(since).await;
         self.news.culprits.clear();
         match outcome {
-            Ok(round) => self.complain(&round.failures),
+            Ok(round) => self.complain(round.failures),
             Err(error) => {
                 // what was read may be of two moments
                 self.news.parts = Parts::ALL;
-                self.complain(&[chain(&error)]);
+                self.complain(BTreeSet::from([chain(&error)]));
             }
         }
     }
@@ -203,9 +216,10 @@ impl Keeper {
             return Ok(round);
         }
         let _lock = host::lock(&self.options).await?;
-        // another run may have had the lock, and changed or mended it
+        // another run may have had the lock, and changed or mended it; where nobody tells of it, too
+        self.news.parts.firewall |= self.host.is_silent(&self.reading.present);
         self.look(since).await?;
-        let plan = self.planned(&mut Vec::new());
+        let plan = self.planned(&mut BTreeSet::new());
         if plan.changes.is_empty() {
             return Ok(round);
         }
@@ -233,7 +247,7 @@ impl Keeper {
         let wanted = self.wanted.borrow_and_update().clone();
         if wanted != self.pathways {
             // programs may have been installed since
-            self.host = Host::open(Goal::Add, &wanted)?;
+            self.host = Host::open(Goal::Add, self.options.firewall)?;
             self.pathways = wanted;
             self.news.parts = Parts::ALL;
         }
@@ -247,21 +261,27 @@ impl Keeper {
         let parts = self.news.parts;
         if parts.any() {
             let notes = self.reading.notes.clone();
-            self.read(parts).await?;
+            self.read_again(parts).await?;
             self.news.parts = Parts::default();
-            for note in self.reading.notes.iter().filter(|note| !notes.contains(note)) {
+            for note in self
+                .reading
+                .notes
+                .iter()
+                .filter(|note| !notes.contains(note))
+            {
                 info!("{note}");
             }
         }
         self.note_losses(&old.0, &old.1, since);
-        self.repairs.of(self.pathways.iter().map(|pathway| pathway.mark));
+        self.repairs
+            .of(self.pathways.iter().map(|pathway| pathway.mark));
         let marks: BTreeSet<u32> = self.pathways.iter().map(|one| one.mark.get()).collect();
         self.repairs.pathways.retain(|mark, _| marks.contains(mark));
         self.publish();
         Ok(())
     }
 
-    async fn read(&mut self, parts: Parts) -> Result<(), Error> {
+    async fn read_again(&mut self, parts: Parts) -> Result<(), Error> {
         let Self {
             host,
             reading,
@@ -271,8 +291,10 @@ impl Keeper {
         if parts.firewall {
             host.read_firewall(&mut reading.present).await?;
         }
-        if parts.facts {
-            host.read_facts(pathways, reading).await?;
+        // the back end that holds lines is a fact, too
+        if parts.facts || parts.firewall {
+            let facts = host.read_facts(pathways, &reading.present.firewall);
+            (reading.facts, reading.notes) = facts.await?;
         }
         if parts.rules {
             host.read_rules(&mut reading.present).await?;
@@ -296,8 +318,6 @@ impl Keeper {
         let same = (pathways, facts) == (self.pathways.as_slice(), &self.reading.facts);
         let old = (!same).then(|| self.plan_for(pathways, facts));
         let before = match &old {
-            // a first look: nothing was ever there
-            Some(_) if facts.families.is_empty() => BTreeMap::new(),
             Some(old) => pieces::missing(old),
             None => missing.clone(),
         };
@@ -322,12 +342,9 @@ impl Keeper {
     }
 
     /// What there is to do now; what forbids it goes to `failures`.
-    fn planned(&self, failures: &mut Vec<String>) -> Plan {
+    fn planned(&self, failures: &mut BTreeSet<String>) -> Plan {
         let now = Instant::now();
         let plan = self.plan_for(&self.pathways, &self.reading.facts);
-        if plan.changes.is_empty() {
-            return plan;
-        }
         failures.extend(plan.conflicts.iter().map(TableTaken::to_string));
         let taken: BTreeSet<Mark> = plan.conflicts.iter().map(|taken| taken.mark).collect();
         let free = |pathway: &&Pathway| {
@@ -343,19 +360,26 @@ impl Keeper {
     /// As much as can be done: a piece that fails does not keep the others, but nothing is taken away
     /// then.
     async fn apply(&self, changes: Vec<Change>, round: &mut Round) {
-        let steps: Vec<Step> = changes.iter().map(|change| change.command.clone()).collect();
+        let steps: Vec<Step> = changes
+            .iter()
+            .map(|change| change.command.clone())
+            .collect();
         let mut changes = changes.into_iter();
         for batch in steps.chunk_by(same_transaction) {
             let of: Vec<Change> = changes.by_ref().take(batch.len()).collect();
-            let makes = |change: &Change| {
-                matches!(change.outcome, Outcome::Added | Outcome::Adopted)
-            };
+            let makes =
+                |change: &Change| matches!(change.outcome, Outcome::Added | Outcome::Adopted);
             if !round.failures.is_empty() && !of.iter().any(makes) {
                 continue;
             }
             match self.host.run(batch).await {
                 Ok(()) => round.applied.extend(of),
-                Err(error) => round.failures.push(chain(&error)),
+                Err(error) if error.is_network_down() => {
+                    round
+                        .failures
+                        .insert("lo is down, and routes need it".to_owned());
+                }
+                Err(error) => _ = round.failures.insert(chain(&error)),
             }
         }
     }
@@ -380,17 +404,27 @@ impl Keeper {
             let pieces: Vec<&Piece> = mended.completed.iter().collect();
             info!(pieces = pieces.len(), made = %named(&pieces), "completed");
         }
-        let stale = applied.iter().filter(|change| change.outcome != Outcome::Added);
-        for change in stale {
-            info!(mark = %change.mark, change = %change.command, "{}", change.outcome);
+        let mut others = BTreeMap::<Outcome, Vec<String>>::new();
+        for change in applied
+            .iter()
+            .filter(|change| change.outcome != Outcome::Added)
+        {
+            let of = others.entry(change.outcome).or_default();
+            of.push(change.command.to_string());
+        }
+        for (outcome, commands) in others {
+            info!(changes = commands.len(), done = %some_of(&commands), "{outcome}");
         }
         self.publish();
     }
 
-    fn complain(&mut self, failures: &[String]) {
-        let text = failures.join("; ");
+    fn complain(&mut self, failures: BTreeSet<String>) {
+        let text = failures.into_iter().collect::<Vec<_>>().join("; ");
         if text != self.complaint && !text.is_empty() {
-            error!(missing = self.losses.len(), "not all can be mended now: {text}");
+            error!(
+                missing = self.losses.len(),
+                "not all can be mended now: {text}"
+            );
         } else if text.is_empty() && !self.complaint.is_empty() {
             info!("all is in place again");
         }
@@ -433,9 +467,14 @@ impl Keeper {
 
 /// The pieces of one line.
 fn named(pieces: &[&Piece]) -> String {
-    let more = pieces.len().saturating_sub(NAMED);
-    let texts = pieces.iter().take(NAMED).map(|piece| piece.text.as_str());
-    let mut text = texts.collect::<Vec<_>>().join("; ");
+    let texts: Vec<&str> = pieces.iter().map(|piece| piece.text.as_str()).collect();
+    some_of(&texts)
+}
+
+fn some_of(texts: &[impl AsRef<str>]) -> String {
+    let first: Vec<&str> = texts.iter().take(NAMED).map(AsRef::as_ref).collect();
+    let mut text = first.join("; ");
+    let more = texts.len().saturating_sub(NAMED);
     if more > 0 {
         text.push_str(&format!("; and {more} more"));
     }

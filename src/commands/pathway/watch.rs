@@ -37,6 +37,7 @@ pub(super) fn run(
         dry_run: false,
         runtime_dir: RuntimeDir::resolve(global.runtime_dir.clone()),
         lock_timeout: LOCK_LIMIT,
+        firewall: global.firewall,
     };
     let _lock = match options.runtime_dir.try_lock(NAME)? {
         Attempt::Held(lock) => lock,
@@ -51,6 +52,7 @@ pub(super) fn run(
         let wanted = Sender::new(pathways);
         // listens from here on: what happens during the installation is not missed
         let keeper = Keeper::open(wanted.subscribe(), options.clone(), args.poll, NAME)
+            .await
             .context("cannot watch the pathways")?;
         let mut process = Process {
             global,
@@ -98,7 +100,8 @@ impl Process<'_> {
                 warn!("lo is down: the pathways are completed when it comes up");
             }
             Err(error) => {
-                return Err(error).with_context(|| format!("cannot add {}", super::named(&pathways)));
+                return Err(error)
+                    .with_context(|| format!("cannot add {}", super::named(&pathways)));
             }
         }
         self.keeper.tend().await;
@@ -148,11 +151,14 @@ impl Process<'_> {
     async fn reload(&mut self, why: &str) {
         systemd::reloading();
         let loaded = config::load_pathways(&self.global.config_dir);
-        let loaded = loaded.map_err(|mistakes| drawn(&mistakes)).and_then(|files| {
-            configured(&files).map_err(|error| error.to_string())
-        });
+        let loaded = loaded
+            .map_err(|mistakes| drawn(&mistakes))
+            .and_then(|files| configured(&files).map_err(|error| error.to_string()));
         match loaded {
-            Err(mistakes) => error!(why, "not reloaded, the pathways stay as they were:\n{mistakes}"),
+            Err(mistakes) => error!(
+                why,
+                "not reloaded, the pathways stay as they were:\n{mistakes}"
+            ),
             Ok(new) => {
                 let stays = |mark: Mark| new.iter().any(|pathway| pathway.mark == mark);
                 let mut gone = self.wanted.borrow().clone();

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::plan::Spec;
 use crate::config::Configuration;
 use crate::model::{Instance, Mark, Pathway};
-use crate::pathway;
+use crate::pathway::{self, Firewall};
 use crate::relay::server::{Error, Server};
 use crate::relay::workers::Workers;
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
@@ -39,6 +39,8 @@ pub(super) struct World {
     pub(super) runtime_dir: RuntimeDir,
     /// Start although the pathway may not be in place.
     pub(super) no_check: bool,
+    /// What gives replies their mark.
+    pub(super) firewall: Firewall,
     /// As last read without a mistake.
     pub(super) configuration: RefCell<Rc<Configuration>>,
     /// How many instances this process has.
@@ -92,7 +94,7 @@ impl World {
         let looked = match look.take() {
             Some(look) if look.at.elapsed() < FRESH && Rc::ptr_eq(&look.of, &configuration) => look,
             _ => Look {
-                missing: missing(&configuration.pathways).await?,
+                missing: missing(&configuration.pathways, self.firewall).await?,
                 at: Instant::now(),
                 of: configuration,
             },
@@ -117,8 +119,11 @@ impl World {
     }
 }
 
-async fn missing(pathways: &[Pathway]) -> anyhow::Result<BTreeMap<Mark, String>> {
-    let findings = pathway::check(pathways)
+async fn missing(
+    pathways: &[Pathway],
+    firewall: Firewall,
+) -> anyhow::Result<BTreeMap<Mark, String>> {
+    let findings = pathway::check(pathways, firewall)
         .await
         .context("cannot check the pathways")?;
     let mut missing = BTreeMap::new();

@@ -32,8 +32,11 @@ impl View {
     /// Begins to take samples for the rates.
     pub(super) fn new(fleet: Rc<Fleet>) -> Self {
         let view = Self {
+            overview: Rc::new(Overview::new(
+                fleet.world.firewall,
+                fleet.world.runtime_dir.clone(),
+            )),
             fleet,
-            overview: Rc::default(),
         };
         let sampled = view.clone();
         tokio::task::spawn_local(async move {

@@ -10,7 +10,7 @@ use crate::pathway::piece::{Rule, Step};
 
 /// Who changed something.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Who {
+pub(super) enum Who {
     /// The kernel did it by itself: an interface went down, or IPv6 was switched off.
     Kernel,
     /// A process.
@@ -56,18 +56,19 @@ impl Who {
     }
 }
 
-/// The name of a process in our network namespace: a number from another pid namespace may be another
-/// process's here.
+/// The name of a process, unless it is known to be in another network namespace: a number from another
+/// pid namespace may be another process's here.
 fn name_here(pid: u32) -> Option<String> {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    // not to be seen without CAP_SYS_PTRACE
     let namespace = |process: &str| {
         let link = fs::metadata(format!("/proc/{process}/ns/net")).ok()?;
         Some((link.dev(), link.ino()))
     };
-    let theirs = namespace(&pid.to_string())?;
-    if theirs != namespace("thread-self")? {
+    let elsewhere = |theirs| Some(theirs) != namespace("thread-self");
+    if namespace(&pid.to_string()).is_some_and(elsewhere) {
         return None;
     }
-    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
     Some(name.trim_end().to_owned())
 }
 

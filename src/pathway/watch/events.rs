@@ -230,9 +230,7 @@ fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
         let header = bytes.get(..16)?;
         let length = usize::try_from(number(header, 0)).ok()?;
         let whole = bytes.get(..length).filter(|whole| whole.len() >= 16)?;
-        bytes = bytes
-            .get(length.next_multiple_of(4)..)
-            .unwrap_or_default();
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some(Message {
             kind: u16::from_ne_bytes([header[4], header[5]]),
             port: number(header, 12),
@@ -341,8 +339,11 @@ fn of_nftables(message: &Message<'_>, deleting: &mut Vec<Option<Family>>, news: 
 
 fn author(attributes: &[u8]) -> Who {
     let pid = attribute(attributes, GENERATION_PID).and_then(|value| value.try_into().ok());
-    let name = attribute(attributes, GENERATION_NAME)
-        .map(|name| String::from_utf8_lossy(name).trim_end_matches('\0').to_owned());
+    let name = attribute(attributes, GENERATION_NAME).map(|name| {
+        String::from_utf8_lossy(name)
+            .trim_end_matches('\0')
+            .to_owned()
+    });
     match pid.map(u32::from_be_bytes) {
         Some(pid) => Who::Process { pid, name },
         None => Who::Unknown,

@@ -59,13 +59,18 @@ impl Piece {
         (change.outcome == Outcome::Added).then(|| Self {
             mark: change.mark,
             kind: Kind::of(&change.command),
-            text: Finding {
-                mark: change.mark,
-                problem: Problem::Missing(change.command.clone()),
-            }
-            .to_string(),
+            text: text(change),
         })
     }
+}
+
+/// "IPv4 rule priority 100 from …": as a finding says it, without that it is missing.
+fn text(change: &Change) -> String {
+    let finding = Finding {
+        mark: change.mark,
+        problem: Problem::Missing(change.command.clone()),
+    };
+    finding.to_string().replacen(" missing: ", " ", 1)
 }
 
 /// The pieces that a plan would make, with the step that makes each.

@@ -139,8 +139,11 @@ impl Published {
 
 impl Drop for Published {
     fn drop(&mut self) {
-        // it may be gone with the directory
-        let _ = fs::remove_file(&self.path);
+        // a successor may have written its own, or it may be gone with the directory
+        let own = |repairs: &Repairs| repairs.pid == std::process::id();
+        if read(&self.path).as_ref().is_some_and(own) {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -150,7 +153,6 @@ impl Drop for Published {
 /// # Errors
 /// When the directory cannot be read.
 pub fn published(runtime: &RuntimeDir) -> Result<Vec<Repairs>, runtime_dir::Error> {
-    let read = |path: &Path| serde_json::from_slice::<Repairs>(&fs::read(path).ok()?).ok();
     let mut all: Vec<Repairs> = runtime
         .files(SUFFIX)?
         .iter()
@@ -158,6 +160,24 @@ pub fn published(runtime: &RuntimeDir) -> Result<Vec<Repairs>, runtime_dir::Erro
         .collect();
     all.retain(|repairs| is_alive(repairs.pid));
     Ok(all)
+}
+
+fn read(path: &Path) -> Option<Repairs> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// What was repaired of each pathway, by mark, whoever did it.
+///
+/// # Errors
+/// As [`published`].
+pub fn by_pathway(runtime: &RuntimeDir) -> Result<BTreeMap<u32, Counts>, runtime_dir::Error> {
+    let mut sums = BTreeMap::<u32, Counts>::new();
+    for repairs in published(runtime)? {
+        for (mark, counts) in repairs.pathways {
+            *sums.entry(mark).or_default() += counts;
+        }
+    }
+    Ok(sums)
 }
 
 /// /proc may hide what is another user's; a signal that is not allowed is an answer, too.
@@ -190,6 +210,9 @@ mod tests {
         repairs.pid = 1 << 30;
         let mut dead = Published::new(&runtime, "dead").unwrap();
         dead.update(&repairs).unwrap();
+        let left = dead.path.clone();
+        drop(dead);
+        assert!(left.exists(), "a file of another process was removed");
         fs::write(runtime.file("bad", SUFFIX).unwrap(), "{").unwrap();
         assert_eq!(published(&runtime).unwrap(), found);
         drop(file);

@@ -87,7 +87,9 @@ impl Storms {
 
     /// Whether the pathway is to be left alone.
     pub(super) fn holds(&self, mark: Mark, now: Instant) -> bool {
-        self.storms.get(&mark).is_some_and(|storm| storm.until > now)
+        self.storms
+            .get(&mark)
+            .is_some_and(|storm| storm.until > now)
     }
 
     /// When the next pathway that is left alone is to be seen to.
