@@ -125,8 +125,21 @@ impl Keeper {
             &Culprits::default(),
             Instant::now(),
         );
+        keeper.count_for_pathways();
         keeper.publish();
         Ok(keeper)
+    }
+
+    /// All of it was installed, and verified: whatever is missing from here on is lost.
+    pub fn installed(&mut self) {
+        self.losses.none();
+        self.news.parts = Parts::ALL;
+    }
+
+    /// Every pathway has its counts, from 0 on, and no other has.
+    fn count_for_pathways(&mut self) {
+        let marks: BTreeSet<Mark> = self.pathways.iter().map(|one| one.mark).collect();
+        self.repairs.of(&marks);
     }
 
     /// Waits until there may be something to repair. Cancel-safe.
@@ -136,7 +149,7 @@ impl Keeper {
     pub async fn due(&mut self) -> io::Result<()> {
         loop {
             let now = Instant::now();
-            let at = self.due_at(now);
+            let at = self.due_at();
             if at <= now {
                 return Ok(());
             }
@@ -155,8 +168,8 @@ impl Keeper {
         }
     }
 
-    fn due_at(&self, now: Instant) -> Instant {
-        let poll = Some(self.polled + self.poll);
+    fn due_at(&self) -> Instant {
+        let poll = self.polled + self.poll;
         let told = self.told.map(|(first, last)| {
             let (quiet, longest) = if self.news.parts.pieces() {
                 (QUIET, LONGEST)
@@ -165,8 +178,8 @@ impl Keeper {
             };
             (last + quiet).min(first + longest)
         });
-        let due = [poll, told, self.storms.next(now)].into_iter().flatten();
-        due.min().unwrap_or(now)
+        let others = [told, self.storms.next()].into_iter().flatten();
+        others.fold(poll, Instant::min)
     }
 
     /// Takes what was told until now.
@@ -194,6 +207,7 @@ impl Keeper {
             self.news.parts.firewall |= self.host.is_silent(&self.reading.present);
         }
         let since = self.told.take().map_or(now, |(first, _)| first);
+        self.storms.release(now);
         for mark in self.storms.calmed(now) {
             info!(%mark, "the storm is over: nothing takes the pathway away any more");
         }
@@ -273,10 +287,7 @@ impl Keeper {
             }
         }
         self.note_losses(&old.0, &old.1, since);
-        self.repairs
-            .of(self.pathways.iter().map(|pathway| pathway.mark));
-        let marks: BTreeSet<u32> = self.pathways.iter().map(|one| one.mark.get()).collect();
-        self.repairs.pathways.retain(|mark, _| marks.contains(mark));
+        self.count_for_pathways();
         self.publish();
         Ok(())
     }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use crate::chain::deployment::{CLIENT, Deployment, VPS01, shipped};
+use crate::pathway::effects;
 use crate::support::net::{Host, Running, wait_for};
 
 /// A booted systemd. All of it dies with the value.
@@ -210,20 +211,19 @@ fn units_carry_connections_and_clean_up() {
 
     // the pathways are kept: what another program removes comes back at once, and no connection is lost
     let mut session = sshd.login(&lab.client, VPS01[0], 22001, None);
-    let whole = listings();
+    let whole = effects(&lab.wks01);
     lab.wks01
         .ip("rule del priority 100 from 127.0.0.0/8 fwmark 123/0xff iif lo");
-    lab.wks01.run("iptables -t mangle -F");
+    lab.wks01.run("nft flush ruleset");
     session.echo("over a repair");
-    wait_for("a repair", || listings() == whole);
+    wait_for("a repair", || {
+        systemd.show("mmproxy-pathways", "StatusText") == "2 pathways in place, 13 repairs"
+    });
+    assert_eq!(effects(&lab.wks01), whole);
+    let journal = systemd.journal();
     assert!(
-        systemd.journal().contains("by=\"iptables, pid "),
-        "{}",
-        systemd.journal()
-    );
-    assert_eq!(
-        systemd.show("mmproxy-pathways", "StatusText"),
-        "2 pathways in place, 7 repairs"
+        journal.contains("by=\"nft, pid ") || journal.contains("by=nft, pid "),
+        "{journal}"
     );
     // a reload with a mistake changes nothing
     let conf = systemd.run("cat /etc/mmproxy/pathways.conf");
@@ -232,21 +232,18 @@ fn units_carry_connections_and_clean_up() {
     wait_for("the mistake to be told", || {
         systemd.journal().contains("'12x' is not a mark")
     });
-    assert_eq!(listings(), whole);
+    assert_eq!(effects(&lab.wks01), whole);
     systemd.write("/etc/mmproxy/pathways.conf", &conf);
     // what keeps them may die: the pathways and the relays stay, and it comes back
-    let (relay, keeper) = (
-        systemd.show(RELAY, "MainPID"),
-        systemd.show("mmproxy-pathways", "MainPID"),
-    );
+    let main_pid = |unit: &str| systemd.show(unit, "MainPID");
+    let (relay, keeper) = (main_pid(RELAY), main_pid("mmproxy-pathways"));
     systemd.run("systemctl kill --signal=KILL --kill-who=main mmproxy-pathways");
     wait_for("the keeper to be back", || {
         systemd.show("mmproxy-pathways", "ActiveState") == "active"
-            && systemd.show("mmproxy-pathways", "MainPID") != keeper
+            && main_pid("mmproxy-pathways") != keeper
     });
-    assert_eq!(systemd.show("mmproxy-pathways", "NRestarts"), "1");
-    assert_eq!(listings(), whole);
-    assert_eq!(systemd.show(RELAY, "MainPID"), relay);
+    assert_eq!(effects(&lab.wks01), whole);
+    assert_eq!(main_pid(RELAY), relay);
     session.echo("over the keeper's death");
     session.close();
 

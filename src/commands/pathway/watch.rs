@@ -32,7 +32,7 @@ pub(super) fn run(
     args: &PathwayWatchArgs,
     runtime: &Runtime,
 ) -> anyhow::Result<ExitCode> {
-    let pathways = configured(files)?;
+    configured(files)?;
     let options = Options {
         dry_run: false,
         runtime_dir: RuntimeDir::resolve(global.runtime_dir.clone()),
@@ -49,7 +49,13 @@ pub(super) fn run(
     };
     runtime.block_on(async {
         let mut signals = Signals::new()?;
-        let wanted = Sender::new(pathways);
+        // the files once more, now that a change of them is told
+        let changes = Watch::new().context("cannot watch the configuration")?;
+        changes
+            .follow([global.config_dir.clone()])
+            .context("cannot watch the configuration")?;
+        let files = config::load_pathways(&global.config_dir)?;
+        let wanted = Sender::new(configured(&files)?);
         // listens from here on: what happens during the installation is not missed
         let keeper = Keeper::open(wanted.subscribe(), options.clone(), args.poll, NAME)
             .await
@@ -61,7 +67,7 @@ pub(super) fn run(
             keeper,
         };
         process.install().await?;
-        let kept = process.keep(&mut signals).await;
+        let kept = process.keep(&mut signals, &changes).await;
         systemd::notify(&[NotifyState::Stopping]);
         if !args.no_remove {
             process.remove().await?;
@@ -92,6 +98,7 @@ impl Process<'_> {
                 for note in &report.notes {
                     info!("{note}");
                 }
+                self.keeper.installed();
                 let (changes, pathways) = (report.changes.len(), pathways.len());
                 info!(changes, pathways, "pathways are in place");
             }
@@ -109,11 +116,7 @@ impl Process<'_> {
     }
 
     /// Keeps the pathways until a signal ends it.
-    async fn keep(&mut self, signals: &mut Signals) -> anyhow::Result<()> {
-        let files = Watch::new().context("cannot watch the configuration")?;
-        files
-            .follow([self.global.config_dir.clone()])
-            .context("cannot watch the configuration")?;
+    async fn keep(&mut self, signals: &mut Signals, files: &Watch) -> anyhow::Result<()> {
         let mut watchdog = Watchdog::new();
         systemd::notify(&[NotifyState::Ready]);
         let mut said = String::new();

@@ -149,6 +149,12 @@ impl Losses {
         loss.map(|loss| loss.who.clone()).unwrap_or_default()
     }
 
+    /// Everything was seen to be in place: whatever is missing from here on is lost.
+    pub(super) fn none(&mut self) {
+        self.lost.clear();
+        self.never.clear();
+    }
+
     /// How many pieces are missing.
     pub(super) fn len(&self) -> usize {
         self.lost.len() + self.never.len()

@@ -1,7 +1,7 @@
 //! What was repaired, counted, and kept in a file of the runtime directory, where `pathway list`,
 //! `status` and the metrics of other processes find it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -84,8 +84,10 @@ impl Repairs {
         }
     }
 
-    /// Keeps the counts of these pathways, and begins those that are new.
-    pub(super) fn of(&mut self, marks: impl Iterator<Item = Mark>) {
+    /// Keeps the counts of these pathways, begins those that are new, and drops all others.
+    pub(super) fn of(&mut self, marks: &BTreeSet<Mark>) {
+        let of_them = |mark: &u32| Mark::new(*mark).is_some_and(|mark| marks.contains(&mark));
+        self.pathways.retain(|mark, _| of_them(mark));
         for mark in marks {
             self.pathways.entry(mark.get()).or_default();
         }

@@ -32,6 +32,8 @@ struct Bucket {
 struct Storm {
     pause: Duration,
     until: Instant,
+    /// Whether the pathway is left alone until then, or was already seen to.
+    waiting: bool,
     losses: u64,
 }
 
@@ -73,12 +75,14 @@ impl Storms {
             None if full => self.storms.entry(mark).or_insert(Storm {
                 pause: FIRST,
                 until: now,
+                waiting: false,
                 losses: 0,
             }),
             None => return None,
         };
         storm.losses += 1;
         storm.until = now + storm.pause;
+        storm.waiting = true;
         Some(Gust {
             pause: storm.pause,
             losses: storm.losses,
@@ -93,9 +97,16 @@ impl Storms {
     }
 
     /// When the next pathway that is left alone is to be seen to.
-    pub(super) fn next(&self, now: Instant) -> Option<Instant> {
-        let ends = self.storms.values().map(|storm| storm.until);
-        ends.filter(|end| *end > now).min()
+    pub(super) fn next(&self) -> Option<Instant> {
+        let waiting = self.storms.values().filter(|storm| storm.waiting);
+        waiting.map(|storm| storm.until).min()
+    }
+
+    /// The pathways whose pause is over are being seen to.
+    pub(super) fn release(&mut self, now: Instant) {
+        for storm in self.storms.values_mut() {
+            storm.waiting &= storm.until > now;
+        }
     }
 
     /// Ends the storms over pathways that have been whole for long enough, and names them.
@@ -152,7 +163,7 @@ mod tests {
             let lost = piece(2, &format!("{}", number % 30));
             assert_eq!(storms.lost(mark(2), &[&lost], now), None, "{number}");
         }
-        assert_eq!(storms.next(now), None);
+        assert_eq!(storms.next(), None);
     }
 
     #[test]
@@ -168,9 +179,14 @@ mod tests {
             let gust = storms.lost(mark(1), &[&lost], now).unwrap();
             assert!(storms.holds(mark(1), now));
             assert!(!storms.holds(mark(2), now));
-            assert_eq!(storms.next(now), Some(now + gust.pause));
+            assert_eq!(storms.next(), Some(now + gust.pause));
+            storms.release(now);
             now += gust.pause;
+            // over, and not seen to yet
+            assert_eq!(storms.next(), Some(now));
             assert!(!storms.holds(mark(1), now));
+            storms.release(now);
+            assert_eq!(storms.next(), None);
             pauses.push(gust.pause.as_millis());
         }
         assert_eq!(
