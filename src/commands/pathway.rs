@@ -3,7 +3,7 @@
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Write};
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use anyhow::Context;
 use serde::Serialize;
 
 use super::UsageError;
-use super::output::{print_json, table, trimmed};
+use super::output::{print_json, results, table, trimmed};
 use crate::cli::{Global, PathwayAllArgs, PathwayChangeArgs, PathwayCommand};
 use crate::config::{self, PathwayFiles};
 use crate::model::{Mark, Pathway};
@@ -219,7 +219,7 @@ fn show_change(
             eprintln!("note: {note}");
         }
     }
-    let mut out = io::stdout().lock();
+    let mut out = results();
     if how.dry_run {
         for change in &report.changes {
             writeln!(out, "{}", change.command)?;
@@ -369,7 +369,7 @@ fn show_list(listed: &[Listed], kept: &[Repairs], json: bool) -> anyhow::Result<
             with_keeper.kept(),
         ]);
     }
-    writeln!(io::stdout().lock(), "{}", trimmed(&table))?;
+    writeln!(results(), "{}", trimmed(&table))?;
     Ok(())
 }
 
@@ -388,7 +388,7 @@ fn show_check(pathways: &[Pathway], findings: &[Finding], json: bool) -> anyhow:
         })?;
         return Ok(code);
     }
-    let mut out = io::stdout().lock();
+    let mut out = results();
     for pathway in pathways {
         let mark = pathway.mark;
         let mut of = findings

@@ -6,7 +6,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -16,9 +16,9 @@ use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use nix::errno::Errno;
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc};
-use tracing::{Span, debug, info_span};
+use tracing::{Span, debug, info_span, warn};
 
 use super::copy::{self, End, Pair, Side};
 use super::counters::{Counters, Refusal};
@@ -153,21 +153,14 @@ impl Worker {
 /// Accepts until the listener itself fails; everything else is survived.
 ///
 /// Cancel-safe: a connection is taken off the queue and spawned, or handed over, without a wait between.
-pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io::Error {
-    let listener = match tokio::net::TcpListener::from_std(listener) {
-        Ok(listener) => listener,
-        Err(error) => return error,
-    };
+pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<TcpListener>) -> io::Error {
     let mut in_a_row = 0;
     let mut pause = FIRST_PAUSE;
     loop {
         match listener.accept().await {
             Ok((client, peer)) => {
                 pause = FIRST_PAUSE;
-                match worker.common.spread.elsewhere(worker.number) {
-                    None => adopt(&worker, client, peer),
-                    Some(to) => hand_over(&worker, to, client, peer),
-                }
+                place(&worker, client, peer);
                 in_a_row += 1;
                 if in_a_row >= ACCEPTS_PER_TURN {
                     in_a_row = 0;
@@ -193,6 +186,33 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
                 Trouble::Listener => return error,
             },
         }
+    }
+}
+
+/// Takes what the kernel has completed already, before the listener is closed: it would reset them.
+/// Never waits.
+pub(super) fn take_queue(worker: &Rc<Worker>, listener: TcpListener) {
+    let outcome = listener.into_std().and_then(|listener| {
+        loop {
+            match socket::accept(&listener) {
+                Ok((client, peer)) => place(worker, TcpStream::from_std(client)?, peer),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if Trouble::of(&error) == Trouble::Connection => {}
+                Err(error) => return Err(error),
+            }
+        }
+    });
+    if let Err(error) = outcome {
+        let _named = worker.span.enter();
+        warn!(%error, "connections that were not accepted yet are lost");
+    }
+}
+
+/// Keeps a connection here, or gives it to the least busy worker.
+fn place(worker: &Rc<Worker>, client: TcpStream, peer: SocketAddr) {
+    match worker.common.spread.elsewhere(worker.number) {
+        None => adopt(worker, client, peer),
+        Some(to) => hand_over(worker, to, client, peer),
     }
 }
 
