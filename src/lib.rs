@@ -36,6 +36,7 @@ pub mod commands;
 pub mod config;
 pub mod control;
 pub mod demo;
+pub mod doctor;
 pub mod logging;
 pub mod metrics;
 pub mod model;
