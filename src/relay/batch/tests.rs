@@ -84,8 +84,7 @@ fn what_is_cut_off_is_said() {
     assert!(!arena.received(0).truncated);
     assert_eq!(arena.received(0).bytes, b"next");
 
-    let gso = socket2::SockRef::from(&sender);
-    nix::sys::socket::setsockopt(&gso, nix::sys::socket::sockopt::UdpGsoSegment, &60).unwrap();
+    nix::sys::socket::setsockopt(&sender, nix::sys::socket::sockopt::UdpGsoSegment, &60).unwrap();
     sender.send(&[7; 180]).unwrap();
     assert_eq!(arena.receive(listener.as_fd(), 0, 2).unwrap(), 1);
     let run = arena.received(0);
