@@ -7,6 +7,7 @@ mod check;
 mod conns;
 mod demo;
 mod explain;
+mod files;
 mod output;
 mod pathway;
 mod probe;

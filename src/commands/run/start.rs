@@ -113,7 +113,7 @@ pub(super) fn start(
             selection,
             Rc::new(world),
             global.config_dir.clone(),
-            args.manage_pathways,
+            args.manage_pathways.then(|| name.clone()),
         )),
         args,
         program,
