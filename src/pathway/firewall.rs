@@ -23,6 +23,7 @@ pub mod table;
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::model::{Family, Mark, Pathway};
 
@@ -33,6 +34,9 @@ use nftables::Nftables;
 use ruleset::Ruleset;
 pub use switch::Switch;
 use table::Table;
+
+/// Far longer than a packet needs.
+const GRACE: Duration = Duration::from_millis(100);
 
 /// What a person chose (`--firewall`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -256,6 +260,27 @@ pub(crate) fn same_transaction(left: &Step, right: &Step) -> bool {
         ) => left.program == right.program,
         (Step::Entries(left), Step::Entries(right)) => Arc::ptr_eq(&left.swap, &right.swap),
         _ => false,
+    }
+}
+
+/// Whether the second batch takes back what the first one's back end is to do instead.
+pub(crate) fn is_switch(before: &Step, after: &Step) -> bool {
+    let is_lines = |step: &Step| matches!(step, Step::InsertLine(_) | Step::DelLine(_));
+    let is_entries = |step: &Step| matches!(step, Step::Entries(_));
+    is_lines(before) && is_entries(after) || is_entries(before) && is_lines(after)
+}
+
+/// Returns when every packet that is on its way through the hooks has left them: one that came before
+/// the new back end's hooks were there must not find those of the old one empty.
+pub(crate) fn settle() {
+    /// `MEMBARRIER_CMD_GLOBAL`: waits for an RCU grace period, which is what packets are under.
+    const GLOBAL: libc::c_int = 1;
+    // SAFETY: the call takes three numbers and touches no memory of ours
+    #[expect(unsafe_code, reason = "neither nix nor libc has a function for it")]
+    let settled = unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) };
+    if settled != 0 {
+        // kernels with nohz_full processors do not offer it
+        std::thread::sleep(GRACE);
     }
 }
 

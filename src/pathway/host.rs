@@ -411,6 +411,10 @@ impl Host {
             .map(|change| change.command.clone())
             .collect();
         for batch in steps.chunk_by(same_transaction) {
+            let switches = |last: &Step| firewall::is_switch(last, &batch[0]);
+            if done.last().is_some_and(switches) {
+                firewall::settle();
+            }
             self.run(batch).await?;
             done.extend_from_slice(batch);
         }

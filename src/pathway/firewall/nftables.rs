@@ -60,7 +60,7 @@ impl Driver for Nftables {
         let Some(Step::Entries(step)) = steps.first() else {
             return Ok(());
         };
-        let input = table::transaction(step.after());
+        let input = step.transaction();
         let nft = self.require()?;
         program::run(nft, &["-f", "-"], &input).await.map(|_| ())
     }

@@ -20,13 +20,14 @@ pub(crate) fn changes(
     found: Option<&Table>,
 ) -> Vec<Change> {
     let nothing = BTreeSet::new();
-    let (entries, awake, exact) = match found {
-        None => (&nothing, true, true),
+    let (entries, awake, exact, chains) = match found {
+        None => (&nothing, true, true, Some(BTreeSet::new())),
         Some(Table::Ours {
             entries,
             awake,
             exact,
-        }) => (entries, *awake, *exact),
+            chains,
+        }) => (entries, *awake, *exact, chains.clone()),
         Some(Table::Foreign | Table::Unreadable) => return Vec::new(),
     };
     let marks: BTreeSet<Mark> = pathways.iter().map(|pathway| pathway.mark).collect();
@@ -53,7 +54,11 @@ pub(crate) fn changes(
         };
         steps.insert((Outcome::Removed, first.mark), Vec::new());
     }
-    let swap = Arc::new(Swap { before, after });
+    let swap = Arc::new(Swap {
+        before,
+        after,
+        chains,
+    });
     let step = |(index, ((outcome, mark), entries))| Change {
         mark,
         outcome,

@@ -73,6 +73,8 @@ pub enum Table {
         awake: bool,
         /// Whether it holds just what these entries need.
         exact: bool,
+        /// Its chains, where they can stay: hooked in as ours are, and nothing else in the table.
+        chains: Option<BTreeSet<String>>,
     },
     /// Another program's of the same name.
     Foreign,
@@ -258,6 +260,15 @@ impl Layout {
         layout
     }
 
+    /// The chains' names, unless the table must go before it can be right.
+    fn chains_that_can_stay(&self) -> Option<BTreeSet<String>> {
+        let right = self.chains.iter().all(|(name, chain)| {
+            let base = Chain::ALL.into_iter().find(|base| base_name(*base) == name);
+            chain.hook == base.map(Hook::of)
+        });
+        (right && !self.flagged && !self.strange).then(|| self.chains.keys().cloned().collect())
+    }
+
     /// What it does, as far as that is what an entry of ours does.
     fn entries(&self) -> BTreeSet<Entry> {
         let mut entries = BTreeSet::new();
@@ -321,20 +332,34 @@ impl Layout {
     }
 }
 
-/// The transaction that leaves just these entries in the table, and no table without any.
+/// The transaction that leaves just these entries in the table, and no table without any. `chains` are
+/// the table's; `None` has it go first.
 ///
-/// `add` before `delete`, so that it works whether the table is there or not; both are one
-/// transaction with what follows, so that no packet sees anything but the old table or the new one.
-pub(crate) fn transaction(entries: &BTreeSet<Entry>) -> String {
+/// `add` first, so that it works whether the table is there or not. Chains that are needed stay, and
+/// only their rules are exchanged: a packet that is on its way through the hooks knows the old chains,
+/// and would find them empty and the new ones not at all.
+pub(crate) fn transaction(entries: &BTreeSet<Entry>, chains: Option<&BTreeSet<String>>) -> String {
     let (family, name) = NAME;
-    let mut text = format!("add table {family} {name}\ndelete table {family} {name}\n");
+    let Layout { chains: wanted, .. } = Layout::of(entries);
+    let mut text = format!("add table {family} {name}\n");
+    match chains {
+        Some(_) if !entries.is_empty() => {
+            text.push_str(&format!("flush table {family} {name}\n"));
+        }
+        _ => text.push_str(&format!("delete table {family} {name}\n")),
+    }
     if entries.is_empty() {
         return text;
     }
+    let gone: Vec<String> = chains
+        .into_iter()
+        .flatten()
+        .filter(|chain| !wanted.contains_key(*chain))
+        .map(|chain| format!("delete chain {family} {name} {chain}\n"))
+        .collect();
     text.push_str(&format!("table {family} {name} {{\n"));
-    let Layout { chains, .. } = Layout::of(entries);
     // a chain must be there before a rule jumps to it
-    let (bases, jumps): (Vec<_>, Vec<_>) = chains
+    let (bases, jumps): (Vec<_>, Vec<_>) = wanted
         .into_iter()
         .partition(|(_, chain)| chain.hook.is_some());
     for (name, chain) in jumps.into_iter().chain(bases) {
@@ -354,7 +379,13 @@ pub(crate) fn transaction(entries: &BTreeSet<Entry>) -> String {
         text.push_str("  }\n");
     }
     text.push_str("}\n");
+    text.extend(gone);
     text
+}
+
+/// The names of the chains that these entries need.
+pub(crate) fn chains_of(entries: &BTreeSet<Entry>) -> BTreeSet<String> {
+    Layout::of(entries).chains.into_keys().collect()
 }
 
 impl fmt::Display for Does {

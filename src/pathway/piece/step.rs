@@ -77,15 +77,22 @@ pub struct Swap {
     pub before: BTreeSet<Entry>,
     /// What it holds then.
     pub after: BTreeSet<Entry>,
+    /// Its chains before; `None` where they cannot stay.
+    pub chains: Option<BTreeSet<String>>,
 }
 
 impl EntriesStep {
-    /// What the table holds then.
-    pub fn after(&self) -> &BTreeSet<Entry> {
+    /// What `nft -f -` is given for all the steps of the replacement.
+    pub fn transaction(&self) -> String {
+        let Swap {
+            before,
+            after,
+            chains,
+        } = &*self.swap;
         if self.back {
-            &self.swap.before
+            table::transaction(before, Some(&table::chains_of(after)))
         } else {
-            &self.swap.after
+            table::transaction(after, chains.as_ref())
         }
     }
 }
@@ -192,8 +199,7 @@ impl fmt::Display for Step {
             }
             // the lines behind # are for people: a shell, and nft, pass over them
             Self::Entries(step) if step.first => {
-                let transaction = table::transaction(step.after());
-                write!(f, "nft -f - <<'END'\n{transaction}END")
+                write!(f, "nft -f - <<'END'\n{}END", step.transaction())
             }
             Self::Entries(step) => write!(f, "# mark {}: in the same transaction", step.mark),
             Self::TakeSwitch(step) if step.turns => write!(f, "sysctl -w {SWITCH}=1"),

@@ -51,7 +51,7 @@ fn one_rule_for_all_pathways_of_a_mask() {
         assert!(table.contains(hook), "{table}");
     }
     assert_eq!(table.matches(" : jump ").count(), 3 * pathways.len());
-    assert_eq!(host.run("iptables-save -t mangle"), "");
+    assert_eq!(host.run("nft list tables"), "table inet mmproxy\n");
     assert_eq!(add(&host, &pathways).changes, []);
     del(&host, &pathways[1..]);
     let table = host.run("nft list table inet mmproxy");
@@ -181,6 +181,7 @@ fn switching_under_traffic_loses_no_packet() {
             assert!(lab.wks.run(there).contains("mmproxy"), "{to:?}");
             assert_eq!(add(&lab.wks, &wanted).changes, []);
         }
+        assert_eq!(lab.leaked(), [0, 0], "while back ends were switched");
         // and the table's own replacement, again and again
         let second = super::pathway(124, &[]);
         for _ in 0..20 {
@@ -188,7 +189,7 @@ fn switching_under_traffic_loses_no_packet() {
             del(&lab.wks, std::slice::from_ref(&second));
         }
     });
-    assert_eq!(lab.leaked(), [0, 0]);
+    assert_eq!(lab.leaked(), [0, 0], "while the table was replaced");
     assert_eq!(lab.failures(&super::cells::CLIENTS, LIMIT), [""; 0]);
 }
 

@@ -18,6 +18,7 @@ impl Table {
         Some(Self::Ours {
             exact: layout == Layout::of(&entries),
             awake: !layout.flagged,
+            chains: layout.chains_that_can_stay(),
             entries,
         })
     }

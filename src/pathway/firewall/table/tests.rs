@@ -95,8 +95,29 @@ fn a_chain_that_does_something_else_is_no_entry() {
 
 #[test]
 fn nothing_wanted_is_no_table() {
-    let text = transaction(&BTreeSet::new());
+    let text = transaction(&BTreeSet::new(), Some(&chains_of(&entries())));
     assert_eq!(text, "add table inet mmproxy\ndelete table inet mmproxy\n");
+}
+
+#[test]
+fn chains_that_are_needed_stay_and_the_others_go() {
+    let text = transaction(&entries(), Some(&chains_of(&entries())));
+    assert!(!text.contains("delete"), "{text}");
+    let mut fewer = entries();
+    fewer.retain(|entry| entry.mark.get() != 123);
+    let text = transaction(&fewer, Some(&chains_of(&entries())));
+    let gone: Vec<_> = text
+        .lines()
+        .filter(|line| line.starts_with("delete"))
+        .collect();
+    assert_eq!(
+        gone,
+        [
+            "delete chain inet mmproxy restore-0x7b-0xff",
+            "delete chain inet mmproxy save-0x7b-0xff"
+        ]
+    );
+    assert!(transaction(&fewer, None).contains("delete table inet mmproxy"));
 }
 
 fn listed(objects: &str) -> Option<Table> {
