@@ -7,6 +7,7 @@
 //! | [`netlink`] | rules and routes through rtnetlink |
 //! | [`firewall`] | what gives replies their mark: the choice of a back end, and the back ends |
 //! | [`host`] | lock, read, diff, apply, read back, verify, undo |
+//! | [`watch`] | keeping them: told of changes, reading again, repairing, counting |
 //!
 //! Must not know: connections, configuration files, how a report is shown.
 
@@ -15,6 +16,7 @@ pub mod host;
 pub mod netlink;
 pub mod piece;
 pub mod plan;
+pub mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -139,12 +141,13 @@ impl fmt::Display for Finding {
                     line.chain.name(),
                     line.words
                 ),
-                Step::Entries(step) => match step.entries.first() {
-                    Some(entry) => write!(f, "nftables entry missing: {entry}"),
-                    None => f.write_str(
-                        "nftables table inet mmproxy: something in it is not ours, or not as it was made",
-                    ),
-                },
+                Step::Entries(step) if step.entries.is_empty() => f.write_str(
+                    "nftables table inet mmproxy: something in it is not ours, or not as it was made",
+                ),
+                Step::Entries(step) => {
+                    let entries: Vec<_> = step.entries.iter().map(ToString::to_string).collect();
+                    write!(f, "nftables entry missing: {}", entries.join("; "))
+                }
                 Step::TakeSwitch(_) => write!(f, "{}=1 missing", piece::SWITCH),
                 other => write!(f, "not done: {other}"),
             },

@@ -19,9 +19,13 @@ macro_rules! over_both {
 
 mod backends;
 mod cells;
+mod deletions;
 mod foreign;
 mod hosts;
+#[cfg(feature = "soak")]
+mod many;
 mod state;
+mod watch;
 
 use std::collections::HashSet;
 use std::path::Path;

@@ -162,6 +162,17 @@ impl Lab {
         service: &str,
         limit: Duration,
     ) -> std::io::Result<(TcpStream, SocketAddr)> {
+        self.marked(MARK, client, service, limit)
+    }
+
+    /// The same on the pathway of any mark.
+    pub(super) fn marked(
+        &self,
+        mark: u32,
+        client: &str,
+        service: &str,
+        limit: Duration,
+    ) -> std::io::Result<(TcpStream, SocketAddr)> {
         static NEXT: AtomicU16 = AtomicU16::new(20_000);
         let client = at(client, NEXT.fetch_add(1, Ordering::Relaxed));
         self.wks.enter(|| {
@@ -175,7 +186,7 @@ impl Lab {
             } else {
                 socket.set_ip_transparent_v6(true)?;
             }
-            socket.set_mark(MARK)?;
+            socket.set_mark(mark)?;
             socket.bind(&client.into())?;
             socket.connect_timeout(&at(service, PORT).into(), limit)?;
             let stream = TcpStream::from(socket);
