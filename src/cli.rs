@@ -50,6 +50,9 @@ pub struct Global {
         default_value = "auto"
     )]
     pub firewall: Firewall,
+    /// Let --firewall none set net.ipv4.tcp_fwmark_accept, for the whole host; 'pathway del' sets it back
+    #[arg(long, global = true, env = "MMPROXY_SET_SYSCTLS", value_parser = clap::builder::FalseyValueParser::new())]
+    pub set_sysctls: bool,
     /// How logs are written on stderr
     #[arg(long, global = true, value_name = "FORMAT", default_value = "auto")]
     pub log_format: LogFormat,
@@ -125,6 +128,8 @@ pub enum PathwayCommand {
     List(PathwayListArgs),
     /// Exit 0 when all is in place, 1 with each missing piece named
     Check(PathwayCheckArgs),
+    /// Install every pathway of pathways.conf and keep it: what another program removes is put back at once
+    Watch(PathwayWatchArgs),
 }
 
 /// `pathway add` and `pathway del`.
@@ -171,6 +176,24 @@ pub struct PathwayCheckArgs {
     pub json: bool,
 }
 
+/// `pathway watch`.
+#[derive(Debug, Args)]
+#[command(after_help = WATCH_HELP)]
+pub struct PathwayWatchArgs {
+    /// Leave the pathways in place at the end
+    #[arg(long)]
+    pub no_remove: bool,
+    /// How often to look at what the kernel does not tell of: sysctls, and iptables-legacy
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = parse_duration)]
+    pub poll: Duration,
+}
+
+const WATCH_HELP: &str = "\
+Runs in the foreground until SIGTERM or SIGINT, then removes the pathways. Reads the files again when
+they change, and on SIGHUP; a mistake in them changes nothing. Every repair is logged with what was lost
+and who took it, as far as the kernel tells. What takes a pathway away again and again is given way to,
+for up to 30 s at a time.";
+
 /// `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -183,7 +206,7 @@ pub struct RunArgs {
     /// Reload by itself when a file of the configuration changes
     #[arg(long)]
     pub watch_config: bool,
-    /// Install the pathways that are needed, and remove them at the end
+    /// Install the pathways that are needed, keep them in place, and remove them at the end
     #[arg(long, conflicts_with = "no_check")]
     pub manage_pathways: bool,
     /// Start although the pathway may not be in place

@@ -8,6 +8,7 @@ mod conns;
 mod demo;
 mod doctor;
 mod explain;
+mod files;
 mod output;
 mod pathway;
 mod probe;

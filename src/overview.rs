@@ -21,6 +21,7 @@ use crate::relay::report::LastError;
 use crate::relay::server::Server;
 use crate::relay::udp::counters as udp;
 use crate::relay::view::{Ask, Connection, Filter, Query};
+use crate::runtime_dir::RuntimeDir;
 
 pub use pathways::{PathwayReport, PathwayState};
 pub use rates::Rates;
@@ -158,15 +159,16 @@ impl Overview {
     /// How often [`Overview::sample`] is to be called.
     pub const SAMPLING: Duration = Duration::from_secs(5);
 
-    /// Begins now; pathways are looked at with this choice of a firewall.
-    pub fn new(firewall: Firewall) -> Self {
+    /// Begins now; pathways are looked at with this choice of a firewall, and with what the processes of
+    /// this runtime directory have repaired.
+    pub fn new(firewall: Firewall, runtime_dir: RuntimeDir) -> Self {
         Self {
             started: Instant::now(),
             started_at: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |since| since.as_secs()),
             rates: rates::Sampler::default(),
-            pathways: pathways::Watch::new(firewall),
+            pathways: pathways::Watch::new(firewall, runtime_dir),
         }
     }
 

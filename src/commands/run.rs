@@ -12,13 +12,13 @@ mod fleet;
 mod handler;
 mod handover;
 mod keeper;
+mod pathways;
 mod plan;
 mod process;
 mod relay;
 mod signals;
 mod start;
 mod view;
-mod watch;
 
 use std::process::ExitCode;
 

@@ -21,8 +21,8 @@ use super::handover::{Answer, Successor};
 use super::keeper::Kept;
 use super::signals::{HANGUP, Signals};
 use super::view::View;
-use super::watch::Watch;
 use crate::cli::RunArgs;
+use crate::commands::files::{self, Watch};
 use crate::control::{client, server};
 use crate::doctor::Asker;
 use crate::runtime_dir::Lock;
@@ -211,7 +211,7 @@ impl Process {
         let watch = if self.args.watch_config {
             let watch = Watch::new().context("cannot watch the configuration")?;
             watch
-                .follow(&fleet.world.configuration.borrow().clone())
+                .follow(files::directories(&fleet.world.configuration.borrow()))
                 .context("cannot watch the configuration")?;
             Some(watch)
         } else {
@@ -250,7 +250,7 @@ impl Process {
                     drop(fleet.reload().await);
                     if let Some(watch) = &watch {
                         let configuration = fleet.world.configuration.borrow().clone();
-                        if let Err(error) = watch.follow(&configuration) {
+                        if let Err(error) = watch.follow(files::directories(&configuration)) {
                             error!(%error, "cannot watch all of the configuration");
                         }
                     }

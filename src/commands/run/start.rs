@@ -17,6 +17,7 @@ use super::keeper::Kept;
 use super::process::Process;
 use super::relay::{World, lock_name};
 use crate::cli::{Global, RunArgs};
+use crate::commands::doctor::patients;
 use crate::commands::output::results;
 use crate::commands::{UsageError, drawn};
 use crate::config::{self, Configuration};
@@ -98,6 +99,7 @@ pub(super) fn start(
         runtime_dir,
         no_check: args.no_check,
         firewall: global.firewall,
+        set_sysctls: global.set_sysctls,
         configuration: RefCell::new(Rc::new(configuration)),
         instances: std::cell::Cell::new(0),
         locks: RefCell::new(locks),
@@ -109,12 +111,12 @@ pub(super) fn start(
         .for_each(|listener| world.offer(listener));
     take_passed(&world, passed)?;
     Ok(Some(Process {
-        asker: crate::commands::doctor::patients::asker(global),
+        asker: patients::asker(global),
         fleet: Rc::new(Fleet::new(
             selection,
             Rc::new(world),
             global.config_dir.clone(),
-            args.manage_pathways,
+            args.manage_pathways.then(|| name.clone()),
         )),
         args,
         program,

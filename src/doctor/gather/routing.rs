@@ -94,7 +94,7 @@ fn missing(finding: &pathway::Finding) -> Missing {
             Some(step.family()),
             matches!(step, Step::AddRule(rule) if rule.priority == UNROUTED_PRIORITY),
         ),
-        Problem::TableTaken(_) => (None, false),
+        Problem::TableTaken(_) | Problem::Conflict(_) => (None, false),
     };
     Missing {
         family,
