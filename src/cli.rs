@@ -12,6 +12,7 @@ use ipnet::IpNet;
 use crate::metrics::Endpoint;
 use crate::model::{ValueError, parse_duration, parse_prefix};
 use crate::overview::Sort;
+use crate::pathway::Firewall;
 
 /// Lets services behind a PROXY-protocol sender see their real clients: kernel pathways and relays.
 #[derive(Debug, Parser)]
@@ -40,6 +41,18 @@ pub struct Global {
     /// Where locks and control sockets live [default: $RUNTIME_DIRECTORY, else /run/mmproxy]
     #[arg(long, global = true, value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
+    /// What gives the services' answers their mark
+    #[arg(
+        long,
+        global = true,
+        value_name = "BACKEND",
+        env = "MMPROXY_FIREWALL",
+        default_value = "auto"
+    )]
+    pub firewall: Firewall,
+    /// Let --firewall none set net.ipv4.tcp_fwmark_accept, for the whole host; 'pathway del' sets it back
+    #[arg(long, global = true, env = "MMPROXY_SET_SYSCTLS", value_parser = clap::builder::FalseyValueParser::new())]
+    pub set_sysctls: bool,
     /// How logs are written on stderr
     #[arg(long, global = true, value_name = "FORMAT", default_value = "auto")]
     pub log_format: LogFormat,
@@ -76,6 +89,8 @@ pub enum Command {
     Reload(ReloadArgs),
     /// Have running processes start this program anew and hand over to it; no connection is lost
     Upgrade(UpgradeArgs),
+    /// Have running processes make way for another: no new connections, the open ones go on until they end
+    Release(ReleaseArgs),
     /// Show what runs: every instance, its pathway, connections, rates and errors
     Status(StatusArgs),
     /// List open connections, or end some
@@ -86,6 +101,8 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Validate the three files and show what they say
     Check(CheckArgs),
+    /// Prove each pathway with a spoofed connection; name what is wrong and the command that mends it
+    Doctor(DoctorArgs),
     /// Be the proxy: send a PROXY header for a given client, then pass stdin and stdout
     Probe(ProbeArgs),
     /// Show the whole chain in private network namespaces; nothing on the host is touched
@@ -111,6 +128,8 @@ pub enum PathwayCommand {
     List(PathwayListArgs),
     /// Exit 0 when all is in place, 1 with each missing piece named
     Check(PathwayCheckArgs),
+    /// Install every pathway of pathways.conf and keep it: what another program removes is put back at once
+    Watch(PathwayWatchArgs),
 }
 
 /// `pathway add` and `pathway del`.
@@ -157,6 +176,24 @@ pub struct PathwayCheckArgs {
     pub json: bool,
 }
 
+/// `pathway watch`.
+#[derive(Debug, Args)]
+#[command(after_help = WATCH_HELP)]
+pub struct PathwayWatchArgs {
+    /// Leave the pathways in place at the end
+    #[arg(long)]
+    pub no_remove: bool,
+    /// How often to look at what the kernel does not tell of: sysctls, and iptables-legacy
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = parse_duration)]
+    pub poll: Duration,
+}
+
+const WATCH_HELP: &str = "\
+Runs in the foreground until SIGTERM or SIGINT, then removes the pathways. Reads the files again when
+they change, and on SIGHUP; a mistake in them changes nothing. Every repair is logged with what was lost
+and who took it, as far as the kernel tells. What takes a pathway away again and again is given way to,
+for up to 30 s at a time.";
+
 /// `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -169,7 +206,7 @@ pub struct RunArgs {
     /// Reload by itself when a file of the configuration changes
     #[arg(long)]
     pub watch_config: bool,
-    /// Install the pathways that are needed, and remove them at the end
+    /// Install the pathways that are needed, keep them in place, and remove them at the end
     #[arg(long, conflicts_with = "no_check")]
     pub manage_pathways: bool,
     /// Start although the pathway may not be in place
@@ -184,6 +221,9 @@ pub struct RunArgs {
     /// How long open connections may go on after SIGTERM, such as 30s, 500ms or 2m; a second signal ends them at once
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = drain_timeout)]
     pub drain_timeout: Duration,
+    /// Relay in a child process, so that this one can end while open connections go on: see release
+    #[arg(long)]
+    pub keep_sessions: bool,
 }
 
 /// `reload`.
@@ -203,6 +243,20 @@ pub struct UpgradeArgs {
     /// Only these processes: "all" for run --all, else their first instance's name
     #[arg(value_name = "PROCESS")]
     pub processes: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `release`.
+#[derive(Debug, Args)]
+pub struct ReleaseArgs {
+    /// Only these processes: "all" for run --all, else their first instance's name
+    #[arg(value_name = "PROCESS")]
+    pub processes: Vec<String>,
+    /// Do nothing unless systemd is restarting this unit: for its ExecStop=
+    #[arg(long, value_name = "UNIT")]
+    pub if_restarting: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -498,6 +552,23 @@ fn endpoint(text: &str) -> Result<SocketAddr, &'static str> {
     text.parse().map_err(
         |_| "expected an address and a port such as 192.0.2.7:40000 or [2001:db8::7]:40000",
     )
+}
+
+/// `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Instances, as named in instances.tsv; none means all of them. With --demo: faults
+    #[arg(value_name = "INSTANCE")]
+    pub instances: Vec<String>,
+    /// Print JSON (docs/doctor.md)
+    #[arg(long)]
+    pub json: bool,
+    /// Put in place what is missing of the pathways; everything else is only printed
+    #[arg(long)]
+    pub fix: bool,
+    /// Show each fault and its verdict in private network namespaces; nothing on the host is touched
+    #[arg(long, conflicts_with_all = ["json", "fix"])]
+    pub demo: bool,
 }
 
 /// `demo`.

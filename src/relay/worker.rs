@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use tokio::io::{Interest, unix::AsyncFd};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
-use tracing::{Span, debug, info_span};
+use tracing::{Span, debug, info_span, warn};
 
 use super::copy::{self, End, Pair, Side};
 use super::counters::{Counters, Refusal};
@@ -162,8 +162,8 @@ impl Worker {
 /// once more on the thread that it is handed over to, would cost each of these four system calls.
 ///
 /// Cancel-safe: a connection is taken off the queue and spawned, or handed over, without a wait between.
-pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io::Error {
-    // SAFETY: the listener owns its descriptor, and nothing takes it out again
+pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<TcpListener>) -> io::Error {
+    // SAFETY: the listener owns its descriptor, and whoever shares it only borrows it
     #[expect(
         unsafe_code,
         reason = "tokio's own listener registers what it accepts, wanted or not"
@@ -179,7 +179,9 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
             Ok(ready) => ready,
             Err(error) => return error,
         };
-        for _ in 0..ACCEPTS_PER_TURN {
+        let mut taken = 0;
+        while taken < ACCEPTS_PER_TURN {
+            taken += 1;
             let error = match ready.try_io(|listener| socket::accept(listener.get_ref())) {
                 Ok(Ok((client, peer))) => {
                     pause = FIRST_PAUSE;
@@ -215,8 +217,27 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
                 Trouble::Listener => return error,
             }
         }
-        // the connections' turn
-        tokio::task::yield_now().await;
+        if taken == ACCEPTS_PER_TURN {
+            // the connections' turn; not each time, because a task that yields costs its thread two system calls
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+/// Takes what the kernel has completed already, before the listener is closed: it would reset them.
+/// Never waits.
+pub(super) fn take_queue(worker: &Rc<Worker>, listener: &TcpListener) {
+    loop {
+        match socket::accept(listener) {
+            Ok((socket, peer)) => deal(worker, Accepted { socket, peer }),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) if Trouble::of(&error) == Trouble::Connection => {}
+            Err(error) => {
+                let _named = worker.span.enter();
+                warn!(%error, "connections that were not accepted yet are lost");
+                return;
+            }
+        }
     }
 }
 

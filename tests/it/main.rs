@@ -7,6 +7,7 @@
 mod chain;
 mod config;
 mod demo;
+mod doctor;
 mod header;
 mod manual;
 mod pathway;
@@ -14,6 +15,7 @@ mod probe;
 mod relay;
 #[cfg(feature = "soak")]
 mod soak;
+mod succession;
 mod supervisor;
 #[cfg(feature = "soak")]
 mod supervisor_soak;

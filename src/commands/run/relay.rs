@@ -7,12 +7,12 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::plan::Spec;
 use crate::config::Configuration;
 use crate::model::{Instance, Mark, Pathway};
-use crate::pathway;
+use crate::pathway::{self, Firewall};
 use crate::relay::server::{Error, Server};
 use crate::relay::workers::Workers;
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
@@ -39,6 +39,10 @@ pub(super) struct World {
     pub(super) runtime_dir: RuntimeDir,
     /// Start although the pathway may not be in place.
     pub(super) no_check: bool,
+    /// What gives replies their mark.
+    pub(super) firewall: Firewall,
+    /// Whether a sysctl may be set where that needs one.
+    pub(super) set_sysctls: bool,
     /// As last read without a mistake.
     pub(super) configuration: RefCell<Rc<Configuration>>,
     /// How many instances this process has.
@@ -92,7 +96,7 @@ impl World {
         let looked = match look.take() {
             Some(look) if look.at.elapsed() < FRESH && Rc::ptr_eq(&look.of, &configuration) => look,
             _ => Look {
-                missing: missing(&configuration.pathways).await?,
+                missing: missing(&configuration.pathways, self.firewall).await?,
                 at: Instant::now(),
                 of: configuration,
             },
@@ -107,7 +111,8 @@ impl World {
         }
     }
 
-    fn listeners_of(&self, instance: &Instance) -> NonZeroUsize {
+    /// How many sockets it is to listen on.
+    pub(super) fn listeners_of(&self, instance: &Instance) -> NonZeroUsize {
         let asked = instance.options.listeners.map(NonZeroUsize::try_from);
         if let Some(Ok(count)) = asked {
             return count;
@@ -117,8 +122,11 @@ impl World {
     }
 }
 
-async fn missing(pathways: &[Pathway]) -> anyhow::Result<BTreeMap<Mark, String>> {
-    let findings = pathway::check(pathways)
+async fn missing(
+    pathways: &[Pathway],
+    firewall: Firewall,
+) -> anyhow::Result<BTreeMap<Mark, String>> {
+    let findings = pathway::check(pathways, firewall)
         .await
         .context("cannot check the pathways")?;
     let mut missing = BTreeMap::new();
@@ -160,9 +168,10 @@ impl Relay {
         }
         let place = (instance.options.protocol, instance.listen.get());
         let offered = world.offered.borrow_mut().remove(&place);
+        let count = world.listeners_of(&instance);
         let sockets = match offered {
-            Some(sockets) => sockets,
-            None => bind(&instance, world.listeners_of(&instance))?,
+            Some(sockets) => at_least(sockets, &instance, count),
+            None => bind(&instance, count)?,
         };
         let listeners = sockets.len();
         systemd::store(name, &sockets);
@@ -196,6 +205,28 @@ fn bind(instance: &Instance, count: NonZeroUsize) -> anyhow::Result<Vec<Listenin
         );
     }
     Ok(sockets)
+}
+
+/// Adds to what was passed until it is as many. None is closed: the kernel may just have completed a
+/// connection for it.
+fn at_least(
+    mut sockets: Vec<Listening>,
+    instance: &Instance,
+    count: NonZeroUsize,
+) -> Vec<Listening> {
+    while sockets.len() < count.get() {
+        match sockets[0].another() {
+            Ok(socket) => sockets.push(socket),
+            Err(error) => {
+                debug!(
+                    instance = %instance.name, listeners = sockets.len(), wanted = count,
+                    error = &error as &dyn std::error::Error, "listening on fewer sockets than wanted"
+                );
+                break;
+            }
+        }
+    }
+    sockets
 }
 
 impl Task for Relay {
