@@ -63,6 +63,11 @@ impl Configuration {
         self.pathways.iter().find(|pathway| pathway.mark == mark)
     }
 
+    /// The pathway of an instance, where it has a mark.
+    pub fn pathway_of(&self, instance: &Instance) -> Option<&Pathway> {
+        instance.mark.and_then(|mark| self.pathway(mark))
+    }
+
     /// The instance of a name.
     pub fn instance(&self, name: &str) -> Option<&Instance> {
         self.instances
@@ -312,7 +317,7 @@ fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
     for pathway in pathways {
         let targets = instances
             .iter()
-            .filter(|instance| instance.mark == pathway.mark)
+            .filter(|instance| instance.mark == Some(pathway.mark))
             .flat_map(Instance::targets)
             .map(|target| target.ip())
             .filter(|ip| !ip.is_loopback())

@@ -316,7 +316,7 @@ impl Fleet {
                     .runtime_dir
                     .try_lock(&super::relay::lock_name(name))
             };
-            instance.mark == mark
+            instance.mark == Some(mark)
                 && self.supervisor.borrow().task(name).is_none()
                 && matches!(held(), Ok(Attempt::HeldBy(pid)) if pid != Some(std::process::id()))
         })
@@ -404,7 +404,10 @@ fn specs(selection: &Selection, configuration: &Configuration) -> Specs {
 
 /// The pathways that instances use, in the order of the file.
 fn used(configuration: &Configuration, specs: &Specs) -> Vec<Pathway> {
-    let marks: BTreeSet<Mark> = specs.values().map(|spec| spec.instance.mark).collect();
+    let marks: BTreeSet<Mark> = specs
+        .values()
+        .filter_map(|spec| spec.instance.mark)
+        .collect();
     let pathways = configuration.pathways.iter();
     pathways
         .filter(|pathway| marks.contains(&pathway.mark))

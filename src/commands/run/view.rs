@@ -118,7 +118,7 @@ impl Fleet {
             let relays = running.iter().chain(&older);
             subjects.push(Subject {
                 instance: spec.instance.clone(),
-                pathway: configuration.pathway(spec.instance.mark).cloned(),
+                pathway: configuration.pathway_of(&spec.instance).cloned(),
                 standing: standing(&status),
                 servers: relays.map(|relay| Rc::clone(&relay.server)).collect(),
             });
@@ -130,7 +130,7 @@ impl Fleet {
         subjects.extend(draining.into_values().filter_map(|relays| {
             let instance = relays.first()?.instance.clone();
             Some(Subject {
-                pathway: configuration.pathway(instance.mark).cloned(),
+                pathway: configuration.pathway_of(&instance).cloned(),
                 instance,
                 standing: Standing {
                     state: State::Draining,

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::{Held, Worker};
-use crate::model::TargetAddr;
+use crate::model::{Mark, TargetAddr};
 use crate::relay::udp::counters::Ended;
 use crate::relay::udp::table::Id;
 use crate::relay::view::{Ask, Connection, Query, Stage};
@@ -42,7 +42,7 @@ impl Worker {
         Connection {
             id: flow.id,
             instance: self.settings.name.to_string(),
-            mark: self.settings.mark.get(),
+            mark: self.settings.mark.map_or(0, Mark::get),
             // a flow without payload has no socket yet
             stage: match &held.socket {
                 Some(_) => Stage::Relaying,
