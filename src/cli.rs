@@ -9,9 +9,13 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use ipnet::IpNet;
 
+mod standalone;
+
 use crate::metrics::Endpoint;
 use crate::model::{ValueError, parse_duration, parse_prefix};
 use crate::overview::Sort;
+
+pub use standalone::{OptionFlags, StandaloneArgs};
 
 /// Lets services behind a PROXY-protocol sender see their real clients: kernel pathways and relays.
 #[derive(Debug, Parser)]
@@ -88,6 +92,8 @@ pub enum Command {
     Check(CheckArgs),
     /// Be the proxy: send a PROXY header for a given client, then pass stdin and stdout
     Probe(ProbeArgs),
+    /// Make the links go-mmproxy and mmproxy, under which the old programs' flags are understood
+    Link(LinkArgs),
     /// Show the whole chain in private network namespaces; nothing on the host is touched
     Demo(DemoArgs),
     /// Print a shell's completion script
@@ -158,11 +164,14 @@ pub struct PathwayCheckArgs {
 }
 
 /// `run`.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct RunArgs {
     /// The instances, as named in instances.tsv
-    #[arg(value_name = "INSTANCE", required_unless_present = "all")]
+    #[arg(value_name = "INSTANCE", required_unless_present_any = ["all", "listen", "json_config"])]
     pub instances: Vec<String>,
+    /// Instead of instances: a relay that no file names.
+    #[command(flatten)]
+    pub standalone: StandaloneArgs,
     /// Every instance of instances.tsv, also those that are added later
     #[arg(long, conflicts_with = "instances")]
     pub all: bool,
@@ -498,6 +507,14 @@ fn endpoint(text: &str) -> Result<SocketAddr, &'static str> {
     text.parse().map_err(
         |_| "expected an address and a port such as 192.0.2.7:40000 or [2001:db8::7]:40000",
     )
+}
+
+/// `link`.
+#[derive(Debug, Args)]
+pub struct LinkArgs {
+    /// Where to make them [default: beside this program]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
 }
 
 /// `demo`.

@@ -8,7 +8,9 @@ mod columns;
 mod diagnostics;
 mod instance_options;
 mod instances;
+mod json_form;
 mod options;
+mod origin;
 mod pathways;
 #[cfg(test)]
 mod properties;
@@ -27,6 +29,9 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 pub use diagnostics::{Diagnostic, Diagnostics, Severity};
+pub use instance_options::{OPTIONS, from_words};
+pub use json_form::{JsonForm, read as read_json};
+pub use origin::{Origin, Relays, Standalone, Trusted, has_ipv6};
 use source::Source;
 
 use crate::model::{AllowList, Instance, Mark, Pathway};

@@ -7,6 +7,7 @@
 //! | [`cli`] | what can be typed | what it does |
 //! | [`commands`] | one file per verb: the order of steps, what a person reads | how a step works |
 //! | [`model`] | marks, pathways, instances, addresses as types that cannot be wrong | where they come from |
+//! | [`compat`] | the old programs' command lines: words → what they ask for | files, the kernel |
 //! | [`config`] | text → model, mistakes with file, line, column | the kernel |
 //! | [`socket`] | every socket option there is | connections |
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
@@ -33,6 +34,7 @@
 
 pub mod cli;
 pub mod commands;
+pub mod compat;
 pub mod config;
 pub mod control;
 pub mod demo;

@@ -7,6 +7,7 @@ mod fleet;
 mod handover;
 mod plan;
 mod relay;
+mod standalone;
 mod view;
 mod watch;
 
@@ -37,7 +38,7 @@ use self::view::View;
 use self::watch::Watch;
 use super::{UsageError, drawn};
 use crate::cli::{Global, RunArgs};
-use crate::config::{self, Configuration};
+use crate::config::{Configuration, Origin};
 use crate::control::messages::{Request, Response};
 use crate::control::{client, server};
 use crate::relay::counters::Totals;
@@ -57,11 +58,31 @@ const ALL: &str = "all.process";
 
 /// Runs the verb.
 pub(super) fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCode> {
+    let origin = standalone::origin(global, &args)?;
+    run_from(global, args, origin, Patience::Retry)
+}
+
+/// What becomes of a process while one of its relays does not run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// It is tried again and again.
+    Retry,
+    /// The process ends, with exit code 1: whoever runs it starts it again.
+    GiveUp,
+}
+
+/// Runs the relays of any origin.
+pub(super) fn run_from(
+    global: &Global,
+    args: RunArgs,
+    origin: Origin,
+    patience: Patience,
+) -> anyhow::Result<ExitCode> {
     // before anything else is opened: both come as numbers of descriptors
     let inheritance = handover::receive_all()?;
     let passed = systemd::passed().context("cannot take the sockets that systemd passed")?;
     let answer = inheritance.as_ref().map(Inheritance::answer).transpose()?;
-    match start(global, args, inheritance, passed) {
+    match start(global, args, (origin, patience), inheritance, passed) {
         Ok(Some(process)) => process.run(answer),
         Ok(None) => Ok(ExitCode::SUCCESS),
         Err(error) => {
@@ -77,16 +98,20 @@ pub(super) fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCode> {
 fn start(
     global: &Global,
     args: RunArgs,
+    (origin, patience): (Origin, Patience),
     inheritance: Option<Inheritance>,
     passed: Vec<systemd::Passed>,
 ) -> anyhow::Result<Option<Process>> {
     // the file may be replaced while we run, and /proc/self/exe then names one that is gone
     let program = std::env::current_exe().context("cannot find this program's file")?;
-    let configuration = config::load(&global.config_dir)?;
+    let configuration = origin.load()?;
     if !configuration.warnings.is_empty() && !global.quiet {
         eprintln!("{}\n", drawn(&configuration.warnings));
     }
-    let selection = select(&configuration, &args)?;
+    let selection = match &origin {
+        Origin::Files(_) => select(&configuration, &args)?,
+        Origin::Standalone(_) => Selection::Standalone,
+    };
     let runtime_dir = RuntimeDir::resolve(global.runtime_dir.clone());
     let (listeners, mut locks, control) = match inheritance {
         Some(all) => (all.listeners, all.locks, all.control),
@@ -95,6 +120,12 @@ fn start(
     let name = match &selection {
         Selection::All => ALL.to_owned(),
         Selection::Named(names) => lock_name(names.first().map_or("", String::as_str)),
+        Selection::Standalone => lock_name(
+            configuration
+                .instances
+                .first()
+                .map_or("", |instance| instance.name.as_str()),
+        ),
     };
     // the first of several names the process: two processes cannot both run it
     let lock = match locks.remove(&name) {
@@ -103,12 +134,15 @@ fn start(
             Attempt::Held(lock) => lock,
             Attempt::HeldBy(pid) => {
                 let pid = pid.map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
-                let shown = name
-                    .split_once('.')
-                    .map_or("all instances", |_| match &selection {
-                        Selection::All => "all instances",
-                        Selection::Named(names) => &names[0],
-                    });
+                let shown = match &selection {
+                    Selection::All => "all instances",
+                    Selection::Named(names) => &names[0],
+                    // it has the address, and perhaps other targets
+                    Selection::Standalone => bail!(
+                        "{} is served already, by pid {pid}",
+                        name.trim_end_matches(&lock_name(""))
+                    ),
+                };
                 println!("{shown}: already running, pid {pid}");
                 return Ok(None);
             }
@@ -154,10 +188,11 @@ fn start(
         fleet: Rc::new(Fleet::new(
             selection,
             Rc::new(world),
-            global.config_dir.clone(),
+            origin,
             args.manage_pathways,
         )),
         args,
+        patience,
         program,
         name,
         lock: held,
@@ -243,6 +278,7 @@ fn take_passed(world: &World, passed: Vec<systemd::Passed>) -> anyhow::Result<()
 struct Process {
     fleet: Rc<Fleet>,
     args: RunArgs,
+    patience: Patience,
     program: PathBuf,
     /// Of its lock and its control socket.
     name: String,
@@ -301,7 +337,11 @@ impl Process {
         let failing = self.fleet.failing();
         let all = self.fleet.statuses().len();
         let lost = failing.keys().any(|name| self.inherited.contains(name));
-        if lost || (all > 0 && failing.len() == all) {
+        let hopeless = match self.patience {
+            Patience::Retry => failing.len() == all,
+            Patience::GiveUp => !failing.is_empty(),
+        };
+        if lost || (all > 0 && hopeless) {
             let reasons: Vec<_> = failing
                 .iter()
                 .map(|(name, reason)| format!("instance {name}: {reason}"))
@@ -439,7 +479,14 @@ impl Process {
                 }
             };
             match event {
-                Event::Changed => fleet.report(),
+                Event::Changed => {
+                    fleet.report();
+                    if self.patience == Patience::GiveUp
+                        && let Some((name, reason)) = fleet.failing().first_key_value()
+                    {
+                        bail!("{name}: {reason}");
+                    }
+                }
                 Event::Signal(name) => return Ok(Stop::Signal(name)),
                 Event::Successor(successor) => return Ok(Stop::Successor(successor)),
                 Event::Tick => {

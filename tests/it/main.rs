@@ -5,6 +5,7 @@
 //! program fails and says what to install.
 
 mod chain;
+mod compat;
 mod config;
 mod demo;
 mod header;

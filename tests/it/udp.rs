@@ -1,10 +1,10 @@
 //! The UDP relay on the real kernel: senders of each kind, a service that records who asks.
 
 mod cells;
-mod dns;
+pub(crate) mod dns;
 mod every;
 mod first;
-mod lab;
+pub(crate) mod lab;
 mod limits;
 mod owes;
 mod packets;

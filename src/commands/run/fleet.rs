@@ -2,7 +2,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -12,7 +11,7 @@ use tracing::{info, warn};
 
 use super::plan::{Difference, Spec, Specs};
 use super::relay::{Relay, World};
-use crate::config::{self, Configuration, Diagnostics};
+use crate::config::{Configuration, Diagnostics, Origin};
 use crate::model::{Mark, Pathway};
 use crate::pathway;
 use crate::runtime_dir::Attempt;
@@ -27,6 +26,8 @@ const LOCK_LIMIT: Duration = Duration::from_secs(30);
 pub(super) enum Selection {
     /// Those of instances.tsv, whatever they are.
     All,
+    /// Those of flags or a JSON file, whatever they are.
+    Standalone,
     /// These, as far as they are in instances.tsv.
     Named(Vec<String>),
 }
@@ -65,7 +66,7 @@ pub(super) struct Fleet {
     pub(super) selection: Selection,
     pub(super) world: Rc<World>,
     pub(super) supervisor: RefCell<Supervisor<Relay>>,
-    directory: PathBuf,
+    origin: Origin,
     manage_pathways: bool,
     pub(super) specs: RefCell<Specs>,
     /// Reloads and upgrades come one after the other.
@@ -80,7 +81,7 @@ impl Fleet {
     pub(super) fn new(
         selection: Selection,
         world: Rc<World>,
-        directory: PathBuf,
+        origin: Origin,
         manage_pathways: bool,
     ) -> Self {
         let specs = specs(&selection, &world.configuration.borrow());
@@ -89,7 +90,7 @@ impl Fleet {
             selection,
             world,
             supervisor: RefCell::default(),
-            directory,
+            origin,
             manage_pathways,
             specs: RefCell::new(specs),
             turn: tokio::sync::Mutex::default(),
@@ -174,7 +175,7 @@ impl Fleet {
 
     async fn apply(&self) -> Result<Changes, ReloadError> {
         let before = Rc::clone(&self.world.configuration.borrow());
-        let after = Rc::new(config::load(&self.directory)?);
+        let after = Rc::new(self.origin.load()?);
         let wanted = specs(&self.selection, &after);
         let present = self.specs.borrow().clone();
         let difference = Difference::between(&present, &wanted);
@@ -389,7 +390,7 @@ fn specs(selection: &Selection, configuration: &Configuration) -> Specs {
         .instances
         .iter()
         .filter(|instance| match selection {
-            Selection::All => true,
+            Selection::All | Selection::Standalone => true,
             Selection::Named(names) => names.iter().any(|name| name == instance.name.as_str()),
         })
         .map(|instance| {
