@@ -1,7 +1,7 @@
 //! What can be typed: clap definitions only.
 
 use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use ipnet::IpNet;
 
 mod standalone;
 
+use crate::edge::Kind;
 use crate::metrics::Endpoint;
 use crate::model::{ValueError, parse_duration, parse_prefix};
 use crate::overview::Sort;
@@ -92,6 +93,8 @@ pub enum Command {
     Check(CheckArgs),
     /// Be the proxy: send a PROXY header for a given client, then pass stdin and stdout
     Probe(ProbeArgs),
+    /// Print what belongs into the configuration of the proxy in front of an instance
+    EdgeConfig(EdgeConfigArgs),
     /// Make the links go-mmproxy and mmproxy, under which the old programs' flags are understood
     Link(LinkArgs),
     /// Show the whole chain in private network namespaces; nothing on the host is touched
@@ -507,6 +510,23 @@ fn endpoint(text: &str) -> Result<SocketAddr, &'static str> {
     text.parse().map_err(
         |_| "expected an address and a port such as 192.0.2.7:40000 or [2001:db8::7]:40000",
     )
+}
+
+/// `edge-config`.
+#[derive(Debug, Args)]
+pub struct EdgeConfigArgs {
+    /// The instance, as named in instances.tsv
+    #[arg(value_name = "INSTANCE")]
+    pub instance: String,
+    /// The proxy
+    #[arg(value_name = "KIND")]
+    pub kind: Kind,
+    /// Where the proxy reaches this host [default: the instance's listen address]
+    #[arg(long, value_name = "ADDR")]
+    pub address: Option<IpAddr>,
+    /// The port on which the proxy serves the public [default: the service's own]
+    #[arg(long, value_name = "PORT")]
+    pub public_port: Option<NonZeroU16>,
 }
 
 /// `link`.

@@ -6,6 +6,7 @@ mod ask;
 mod check;
 mod conns;
 mod demo;
+mod edge_config;
 mod explain;
 mod legacy;
 mod link;
@@ -80,6 +81,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Explain(args) => explain::run(&global, &args),
         Command::Check(args) => check::run(&global, &args),
         Command::Probe(args) => probe::run(&global, args),
+        Command::EdgeConfig(args) => edge_config::run(&global, &args),
         Command::Link(args) => link::run(&args),
         Command::Demo(args) => demo::run(&global, args),
         Command::Completions(args) => {

@@ -8,6 +8,7 @@ mod chain;
 mod compat;
 mod config;
 mod demo;
+mod edge;
 mod header;
 mod manual;
 mod pathway;
