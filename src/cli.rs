@@ -9,6 +9,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use ipnet::IpNet;
 
+mod import;
 mod standalone;
 
 use crate::edge::Kind;
@@ -16,6 +17,7 @@ use crate::metrics::Endpoint;
 use crate::model::{ValueError, parse_duration, parse_prefix};
 use crate::overview::Sort;
 
+pub use import::{ImportArgs, ImportSource};
 pub use standalone::{OptionFlags, StandaloneArgs};
 
 /// Lets services behind a PROXY-protocol sender see their real clients: kernel pathways and relays.
@@ -95,6 +97,8 @@ pub enum Command {
     Probe(ProbeArgs),
     /// Print what belongs into the configuration of the proxy in front of an instance
     EdgeConfig(EdgeConfigArgs),
+    /// Turn what runs today into the two files: go-mmproxy, its forks and relatives, the shell set-up
+    Import(ImportArgs),
     /// Make the links go-mmproxy and mmproxy, under which the old programs' flags are understood
     Link(LinkArgs),
     /// Show the whole chain in private network namespaces; nothing on the host is touched

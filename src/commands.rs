@@ -8,6 +8,7 @@ mod conns;
 mod demo;
 mod edge_config;
 mod explain;
+mod import;
 mod legacy;
 mod link;
 mod output;
@@ -82,6 +83,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Check(args) => check::run(&global, &args),
         Command::Probe(args) => probe::run(&global, args),
         Command::EdgeConfig(args) => edge_config::run(&global, &args),
+        Command::Import(args) => import::run(&global, &args),
         Command::Link(args) => link::run(&args),
         Command::Demo(args) => demo::run(&global, args),
         Command::Completions(args) => {

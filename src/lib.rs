@@ -13,6 +13,7 @@
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
 //! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
+//! | [`import`] | the old programs' units and files → the two files' text | where they are read |
 //! | [`edge`] | what belongs into the proxy's own configuration | whether the proxy is there |
 //! | [`control`] | the Unix socket of a running process: framing, limits, who may ask | what a request leads to |
 //! | [`overview`] | what a process says about its instances and connections | how it is shown |
@@ -40,6 +41,7 @@ pub mod config;
 pub mod control;
 pub mod demo;
 pub mod edge;
+pub mod import;
 pub mod logging;
 pub mod metrics;
 pub mod model;

@@ -6,12 +6,14 @@
 //! | [`plan`], `lines` | pure: what is wanted, and the ordered difference to what is there |
 //! | [`netlink`] | rules and routes through rtnetlink |
 //! | [`firewall`] | the mangle table; its driver for iptables |
+//! | [`leftovers`] | what the old programs' routing left, found by its shape |
 //! | [`host`] | lock, read, diff, apply, read back, verify, undo |
 //!
 //! Must not know: connections, configuration files, how a report is shown.
 
 pub mod firewall;
 pub mod host;
+pub mod leftovers;
 mod lines;
 pub mod netlink;
 pub mod piece;

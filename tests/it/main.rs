@@ -10,6 +10,7 @@ mod config;
 mod demo;
 mod edge;
 mod header;
+mod import;
 mod manual;
 mod pathway;
 mod probe;
