@@ -7,3 +7,4 @@ pub(crate) mod lab;
 mod link;
 mod readmes;
 mod scripts;
+mod units;

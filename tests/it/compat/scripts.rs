@@ -10,7 +10,7 @@ use crate::support::net::wait_for;
 use super::lab::Old;
 
 /// A start script as that set-up has one: the arguments in its order, its pattern, its environment.
-const START: &str = r#"set -eu
+pub(super) const START: &str = r#"set -eu
 line=$(grep "^$1	" config/instances.tsv)
 mark=$(printf %s "$line" | cut -f2) listen=$(printf %s "$line" | cut -f3)
 four=$(printf %s "$line" | cut -f4) port=$(printf %s "$line" | cut -f5) six=$(printf %s "$line" | cut -f6)
