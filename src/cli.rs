@@ -16,6 +16,7 @@ use crate::edge::Kind;
 use crate::metrics::Endpoint;
 use crate::model::{ValueError, parse_duration, parse_prefix};
 use crate::overview::Sort;
+use crate::pathway::Firewall;
 
 pub use import::{ImportArgs, ImportSource};
 pub use standalone::{OptionFlags, StandaloneArgs};
@@ -47,6 +48,15 @@ pub struct Global {
     /// Where locks and control sockets live [default: $RUNTIME_DIRECTORY, else /run/mmproxy]
     #[arg(long, global = true, value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
+    /// What gives the services' answers their mark
+    #[arg(
+        long,
+        global = true,
+        value_name = "BACKEND",
+        env = "MMPROXY_FIREWALL",
+        default_value = "auto"
+    )]
+    pub firewall: Firewall,
     /// How logs are written on stderr
     #[arg(long, global = true, value_name = "FORMAT", default_value = "auto")]
     pub log_format: LogFormat,
@@ -83,6 +93,8 @@ pub enum Command {
     Reload(ReloadArgs),
     /// Have running processes start this program anew and hand over to it; no connection is lost
     Upgrade(UpgradeArgs),
+    /// Have running processes make way for another: no new connections, the open ones go on until they end
+    Release(ReleaseArgs),
     /// Show what runs: every instance, its pathway, connections, rates and errors
     Status(StatusArgs),
     /// List open connections, or end some
@@ -124,6 +136,8 @@ pub enum PathwayCommand {
     List(PathwayListArgs),
     /// Exit 0 when all is in place, 1 with each missing piece named
     Check(PathwayCheckArgs),
+    /// Install every pathway of pathways.conf and keep it: what another program removes is put back at once
+    Watch(PathwayWatchArgs),
 }
 
 /// `pathway add` and `pathway del`.
@@ -170,6 +184,24 @@ pub struct PathwayCheckArgs {
     pub json: bool,
 }
 
+/// `pathway watch`.
+#[derive(Debug, Args)]
+#[command(after_help = WATCH_HELP)]
+pub struct PathwayWatchArgs {
+    /// Leave the pathways in place at the end
+    #[arg(long)]
+    pub no_remove: bool,
+    /// How often to look at what the kernel does not tell of: sysctls, and iptables-legacy
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = parse_duration)]
+    pub poll: Duration,
+}
+
+const WATCH_HELP: &str = "\
+Runs in the foreground until SIGTERM or SIGINT, then removes the pathways. Reads the files again when
+they change, and on SIGHUP; a mistake in them changes nothing. Every repair is logged with what was lost
+and who took it, as far as the kernel tells. What takes a pathway away again and again is given way to,
+for up to 30 s at a time.";
+
 /// `run`.
 #[derive(Debug, Default, Args)]
 pub struct RunArgs {
@@ -185,7 +217,7 @@ pub struct RunArgs {
     /// Reload by itself when a file of the configuration changes
     #[arg(long)]
     pub watch_config: bool,
-    /// Install the pathways that are needed, and remove them at the end
+    /// Install the pathways that are needed, keep them in place, and remove them at the end
     #[arg(long, conflicts_with = "no_check")]
     pub manage_pathways: bool,
     /// Start although the pathway may not be in place
@@ -200,6 +232,9 @@ pub struct RunArgs {
     /// How long open connections may go on after SIGTERM, such as 30s, 500ms or 2m; a second signal ends them at once
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = drain_timeout)]
     pub drain_timeout: Duration,
+    /// Relay in a child process, so that this one can end while open connections go on: see release
+    #[arg(long)]
+    pub keep_sessions: bool,
 }
 
 /// `reload`.
@@ -219,6 +254,20 @@ pub struct UpgradeArgs {
     /// Only these processes: "all" for run --all, else their first instance's name
     #[arg(value_name = "PROCESS")]
     pub processes: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `release`.
+#[derive(Debug, Args)]
+pub struct ReleaseArgs {
+    /// Only these processes: "all" for run --all, else their first instance's name
+    #[arg(value_name = "PROCESS")]
+    pub processes: Vec<String>,
+    /// Do nothing unless systemd is restarting this unit: for its ExecStop=
+    #[arg(long, value_name = "UNIT")]
+    pub if_restarting: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -15,11 +15,13 @@ use tokio::sync::mpsc;
 
 use crate::control::messages::{Conns, Request, Response};
 use crate::model::{Family, Instance, Pathway};
+use crate::pathway::Firewall;
 use crate::relay::counters::Totals;
 use crate::relay::report::LastError;
 use crate::relay::server::Server;
 use crate::relay::udp::counters as udp;
 use crate::relay::view::{Ask, Connection, Filter, Query};
+use crate::runtime_dir::RuntimeDir;
 
 pub use pathways::{PathwayReport, PathwayState};
 pub use rates::Rates;
@@ -150,22 +152,22 @@ pub struct Overview {
     pathways: pathways::Watch,
 }
 
-impl Default for Overview {
-    fn default() -> Self {
+impl Overview {
+    /// How often [`Overview::sample`] is to be called.
+    pub const SAMPLING: Duration = Duration::from_secs(5);
+
+    /// Begins now; pathways are looked at with this choice of a firewall, and with what the processes of
+    /// this runtime directory have repaired.
+    pub fn new(firewall: Firewall, runtime_dir: RuntimeDir) -> Self {
         Self {
             started: Instant::now(),
             started_at: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |since| since.as_secs()),
             rates: rates::Sampler::default(),
-            pathways: pathways::Watch::default(),
+            pathways: pathways::Watch::new(firewall, runtime_dir),
         }
     }
-}
-
-impl Overview {
-    /// How often [`Overview::sample`] is to be called.
-    pub const SAMPLING: Duration = Duration::from_secs(5);
 
     /// Takes a sample for the rates.
     pub fn sample(&self, subjects: &[Subject]) {

@@ -1,9 +1,10 @@
 //! `edge-config`: prints the proxy's side of an instance.
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
 use super::UsageError;
+use super::output::results;
 use crate::cli::{EdgeConfigArgs, Global};
 use crate::config;
 use crate::edge::{Edge, snippet};
@@ -33,6 +34,6 @@ pub(super) fn run(global: &Global, args: &EdgeConfigArgs) -> anyhow::Result<Exit
     let text = Edge::of(instance, args.address, args.public_port.map(Into::into))
         .and_then(|edge| snippet(instance, args.kind, edge))
         .map_err(|error| UsageError(error.to_string()))?;
-    io::stdout().write_all(text.as_bytes())?;
+    results().write_all(text.as_bytes())?;
     Ok(ExitCode::SUCCESS)
 }

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 
 use super::UsageError;
+use super::output::results;
 use crate::cli::{Global, ImportArgs, ImportSource};
 use crate::config;
 use crate::import::{self, Entry, Files, Found, Hints, Meaning};
@@ -52,7 +53,7 @@ pub(super) fn run(global: &Global, args: &ImportArgs) -> anyhow::Result<ExitCode
     if args.write {
         write(&global.config_dir, &files)?;
     } else {
-        let mut out = io::stdout().lock();
+        let mut out = results();
         write!(
             out,
             "# ---- pathways.conf\n{}\n# ---- instances.tsv\n{}",
@@ -223,16 +224,21 @@ fn write(dir: &Path, files: &Files) -> anyhow::Result<()> {
             .with_context(|| format!("cannot write {}", path.display()))?;
         file.write_all(text.as_bytes())
             .with_context(|| format!("cannot write {}", path.display()))?;
-        println!("{}: written", path.display());
+        writeln!(results(), "{}: written", path.display())?;
     }
     let relays = files.relays;
-    println!("{relays} relay{}", if relays == 1 { "" } else { "s" });
+    writeln!(
+        results(),
+        "{relays} relay{}",
+        if relays == 1 { "" } else { "s" }
+    )?;
     let allow = dir.join("allow.txt");
     if !allow.exists() {
-        println!(
+        writeln!(
+            results(),
             "{} is missing: the proxies that are believed, one address a line",
             allow.display()
-        );
+        )?;
     }
     Ok(())
 }
@@ -255,7 +261,7 @@ fn leftovers(clean: bool, known: &Known) -> anyhow::Result<ExitCode> {
     };
     if steps.is_empty() {
         if clean {
-            println!("# nothing is left in the kernel");
+            writeln!(results(), "# nothing is left in the kernel")?;
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -264,7 +270,10 @@ fn leftovers(clean: bool, known: &Known) -> anyhow::Result<ExitCode> {
     } else {
         "left there; --clean removes it"
     };
-    println!("\n# ---- in the kernel, made for the old set-up: {what}");
+    writeln!(
+        results(),
+        "\n# ---- in the kernel, made for the old set-up: {what}"
+    )?;
     let failed = match clean {
         true => runtime
             .block_on(leftovers::remove(&steps))
@@ -273,8 +282,11 @@ fn leftovers(clean: bool, known: &Known) -> anyhow::Result<ExitCode> {
         false => Vec::new(),
     };
     for step in &steps {
-        if !failed.iter().any(|(other, _)| other == step) {
-            println!("# {step}");
+        if !failed
+            .iter()
+            .any(|(other, _)| other.as_ref().is_none_or(|other| other == step))
+        {
+            writeln!(results(), "# {step}")?;
         }
     }
     if failed.is_empty() {
@@ -282,7 +294,10 @@ fn leftovers(clean: bool, known: &Known) -> anyhow::Result<ExitCode> {
     }
     let reasons: Vec<String> = failed
         .into_iter()
-        .map(|(step, error)| format!("{step}: {:#}", anyhow::Error::from(error)))
+        .map(|(step, error)| {
+            let step = step.map(|step| format!("{step}: ")).unwrap_or_default();
+            format!("{step}{:#}", anyhow::Error::from(error))
+        })
         .collect();
     bail!("not removed:\n{}", reasons.join("\n"));
 }

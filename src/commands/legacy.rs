@@ -1,6 +1,7 @@
 //! Called as `go-mmproxy` or `mmproxy`: the old flags, brought to the machinery of `run`.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6, ToSocketAddrs};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use tracing::{info, warn};
 
+use super::output::results;
 use super::{UsageError, run};
 use crate::cli::{Global, LogFormat, RunArgs};
 use crate::compat::{self, Ancestor, Destination, Invocation, Listening, OldName, Place};
@@ -18,7 +20,7 @@ use crate::logging;
 use crate::model::{
     ConnmarkMode, Instance, InstanceOptions, ListenAddr, Mark, Pathway, Protocol, TableId,
 };
-use crate::pathway;
+use crate::pathway::{self, Firewall};
 use crate::runtime_dir::RuntimeDir;
 
 /// Runs what the old flags ask for.
@@ -37,7 +39,7 @@ pub(super) fn run(
     let invocation = compat::parse(name, &words).map_err(|error| UsageError(error.to_string()))?;
     let (relays, trusted, verbosity, suggest) = match invocation {
         Invocation::Help => {
-            print!("{}", compat::flags::help(name));
+            write!(results(), "{}", compat::flags::help(name))?;
             return Ok(ExitCode::SUCCESS);
         }
         Invocation::Version => {
@@ -101,6 +103,7 @@ fn global(verbosity: u8, runtime_dir: Option<&Path>) -> Global {
         runtime_dir: runtime_dir.map(Path::to_owned),
         log_format: LogFormat::Auto,
         verbose: verbosity,
+        firewall: Firewall::default(),
         quiet: false,
     }
 }
@@ -205,7 +208,7 @@ fn suggest_routing(table: TableId, mark: Mark) {
         .enable_all()
         .build();
     let findings = match runtime {
-        Ok(runtime) => runtime.block_on(pathway::check(&[wanted])),
+        Ok(runtime) => runtime.block_on(pathway::check(&[wanted], Firewall::default())),
         Err(error) => return warn!(%error, "cannot look at the routing"),
     };
     match findings {

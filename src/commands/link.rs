@@ -1,13 +1,14 @@
 //! `link`: makes the names under which the old flags are understood.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 
+use super::output::results;
 use crate::cli::LinkArgs;
 use crate::compat::OldName;
 
@@ -32,7 +33,7 @@ pub(super) fn run(args: &LinkArgs) -> anyhow::Result<ExitCode> {
     for link in &links {
         match occupant(link, &program)? {
             Occupant::None => missing.push(link),
-            Occupant::Ours => println!("{}: unchanged", link.display()),
+            Occupant::Ours => writeln!(results(), "{}: unchanged", link.display())?,
             Occupant::Other(what) => bail!(
                 "{} is there and is {what}: nothing was changed; remove it or its package, or name another directory \
                  with --dir",
@@ -42,7 +43,12 @@ pub(super) fn run(args: &LinkArgs) -> anyhow::Result<ExitCode> {
     }
     for link in missing {
         symlink(&to, link).with_context(|| format!("cannot make the link {}", link.display()))?;
-        println!("{}: made, leads to {}", link.display(), to.display());
+        writeln!(
+            results(),
+            "{}: made, leads to {}",
+            link.display(),
+            to.display()
+        )?;
     }
     Ok(ExitCode::SUCCESS)
 }

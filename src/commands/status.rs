@@ -8,10 +8,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use comfy_table::CellAlignment;
 
 use super::ask::Processes;
-use super::output::{print_json, table, trimmed};
+use super::output::{Results, results, table, trimmed};
 use super::units::{byte_rate, bytes, rate, span};
 use crate::cli::{Global, StatusArgs};
 use crate::overview::{InstanceReport, PathwayState, Process, State};
+use crate::pathway::watch::Kind;
 use crate::relay::counters::{ConnectFailure, Refusal, Totals};
 use crate::relay::report::LastError;
 use crate::relay::udp::counters::{Dropped, Ended as EndedFlow};
@@ -25,33 +26,40 @@ pub(super) fn run(global: &Global, args: &StatusArgs) -> anyhow::Result<ExitCode
         // anew each time: processes come and go
         let processes = Processes::find(global).and_then(|mut all| all.status(&args.instances));
         let Some(pause) = args.watch else {
-            show(&processes?, args)?;
+            show(&processes?, args, &mut results())?;
             return Ok(ExitCode::SUCCESS);
         };
+        let mut out = results();
         if io::stdout().is_terminal() {
             // home, then clear to the end: no flicker
-            print!("\x1b[H\x1b[2J");
+            write!(out, "\x1b[H\x1b[2J")?;
         }
         match processes {
-            Ok(processes) => show(&processes, args)?,
+            Ok(processes) => show(&processes, args, &mut out)?,
             // a restart is what one watches for
-            Err(error) => println!("{error:#}"),
+            Err(error) => writeln!(out, "{error:#}")?,
         }
         if !args.json && !io::stdout().is_terminal() {
-            println!();
+            writeln!(out)?;
         }
-        io::stdout().flush()?;
+        out.flush()?;
+        if out.are_unread() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        drop(out);
         std::thread::sleep(pause);
     }
 }
 
-fn show(processes: &[Process], args: &StatusArgs) -> anyhow::Result<()> {
+fn show(processes: &[Process], args: &StatusArgs, out: &mut Results) -> anyhow::Result<()> {
     if args.json && args.watch.is_some() {
-        println!("{}", serde_json::to_string(processes)?);
+        writeln!(out, "{}", serde_json::to_string(processes)?)?;
         return Ok(());
     }
     if args.json {
-        return print_json(&processes);
+        serde_json::to_writer_pretty(&mut *out, processes)?;
+        writeln!(out)?;
+        return Ok(());
     }
     let text = if args.instances.is_empty() {
         overview(processes)
@@ -61,7 +69,7 @@ fn show(processes: &[Process], args: &StatusArgs) -> anyhow::Result<()> {
             .collect();
         blocks.join("\n")
     };
-    io::stdout().write_all(text.as_bytes())?;
+    out.write_all(text.as_bytes())?;
     Ok(())
 }
 
@@ -205,7 +213,15 @@ fn in_full(process: &Process, one: &InstanceReport) -> String {
     }
     line("state", state);
     line("failure", standing.last_failure.clone().unwrap_or_default());
-    let pathway = format!("{}, {}", pathway_name(one), one.pathway.state.name());
+    let mut pathway = format!("{}, {}", pathway_name(one), one.pathway.state.name());
+    if let Some(repairs) = one.pathway.repairs {
+        let kinds_of = Kind::ALL.map(|kind| (kind.name(), repairs.of(kind)));
+        let kinds_of = match repairs.total() {
+            0 => String::new(),
+            _ => format!(" ({})", kinds(&kinds_of)),
+        };
+        let _ = write!(pathway, ", kept: {} repairs{kinds_of}", repairs.total());
+    }
     line("pathway", pathway);
     for finding in &one.pathway.findings {
         line("", finding.clone());

@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
 use crate::model::{Mark, Pathway};
-use crate::pathway;
+use crate::pathway::watch::repairs::{self, Counts};
+use crate::pathway::{self, Firewall};
+use crate::runtime_dir::RuntimeDir;
 
 /// How old an answer may be.
 const FRESH: Duration = Duration::from_secs(5);
@@ -27,6 +29,9 @@ pub struct PathwayReport {
     /// Each missing piece; or, where the state is unknown, why.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub findings: Vec<String>,
+    /// Pieces that were put back, where a process keeps the pathway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repairs: Option<Counts>,
 }
 
 /// Whether a pathway is in place.
@@ -61,6 +66,7 @@ pub(super) struct Seen {
     wanted: Vec<Pathway>,
     at: Instant,
     found: Result<BTreeMap<u32, Vec<String>>, String>,
+    repairs: BTreeMap<u32, Counts>,
 }
 
 impl Seen {
@@ -72,6 +78,7 @@ impl Seen {
                 name: None,
                 state: PathwayState::Unmarked,
                 findings: Vec::new(),
+                repairs: None,
             };
         };
         let (state, findings) = match (&self.found, pathway) {
@@ -87,27 +94,41 @@ impl Seen {
             name: pathway.and_then(|pathway| pathway.name.clone()),
             state,
             findings,
+            repairs: self.repairs.get(&mark.get()).copied(),
         }
     }
 }
 
 /// Remembers the last look.
-#[derive(Debug, Default)]
-pub(super) struct Watch(Mutex<Option<Arc<Seen>>>);
+#[derive(Debug)]
+pub(super) struct Watch {
+    firewall: Firewall,
+    runtime_dir: RuntimeDir,
+    last: Mutex<Option<Arc<Seen>>>,
+}
 
 impl Watch {
+    /// Nothing seen yet.
+    pub(super) fn new(firewall: Firewall, runtime_dir: RuntimeDir) -> Self {
+        Self {
+            firewall,
+            runtime_dir,
+            last: Mutex::default(),
+        }
+    }
+
     /// A look that is fresh enough. Those who ask meanwhile wait for the same one.
     pub(super) async fn look(&self, wanted: impl Iterator<Item = &Pathway>) -> Arc<Seen> {
         let by_mark: BTreeMap<_, _> = wanted.map(|one| (one.mark.get(), one)).collect();
         let wanted: Vec<Pathway> = by_mark.into_values().cloned().collect();
-        let mut last = self.0.lock().await;
+        let mut last = self.last.lock().await;
         if let Some(seen) = &*last
             && seen.at.elapsed() < FRESH
             && seen.wanted == wanted
         {
             return Arc::clone(seen);
         }
-        let found = match pathway::check(&wanted).await {
+        let found = match pathway::check(&wanted, self.firewall).await {
             Ok(findings) => {
                 let mut by_mark: BTreeMap<u32, Vec<String>> = BTreeMap::new();
                 for finding in findings {
@@ -122,6 +143,8 @@ impl Watch {
             wanted,
             at: Instant::now(),
             found,
+            // without them everything else is still worth showing
+            repairs: repairs::by_pathway(&self.runtime_dir).unwrap_or_default(),
         });
         *last = Some(Arc::clone(&seen));
         seen

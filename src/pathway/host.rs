@@ -8,15 +8,15 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::model::{ConnmarkMode, Family, Pathway};
-use crate::runtime_dir::{self, RuntimeDir};
+use crate::runtime_dir::{self, Attempt, Lock, RuntimeDir};
 
-use super::firewall::iptables::{self, Tool};
+use super::firewall::{self, Backend, Firewall, Firewalls, same_transaction};
 use super::netlink::{self, Lookup, Netlink, RoutesOf};
 use super::piece::{FoundRoute, Made, Step};
-use super::plan::{self, Change, Facts, Goal, Plan, Present, TableTaken};
+use super::plan::{self, Change, Facts, Goal, Plan, Present, TableTaken, wants_lines};
 
 /// Up to this many tables are read one by one; beyond, one dump of everything is cheaper.
 const TABLES_ONE_BY_ONE: usize = 32;
@@ -26,6 +26,10 @@ const ANYWHERE: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1)),
 ];
+
+/// The name of the lock that keeps two runs apart, and how often one that is held is tried again.
+const LOCK: &str = "pathways";
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// `CAP_NET_ADMIN`, see `capabilities(7)`.
 const CAP_NET_ADMIN: u32 = 12;
@@ -44,7 +48,10 @@ pub enum Error {
     Netlink(netlink::Error),
     /// The mangle table.
     #[error(transparent)]
-    Firewall(iptables::Error),
+    Firewall(firewall::Error),
+    /// The kernel's notifications.
+    #[error("cannot listen to the kernel's changes")]
+    Events(#[source] io::Error),
     /// A file under /proc.
     #[error("cannot read {path}")]
     Proc {
@@ -82,6 +89,17 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether it failed because an interface is down: a local route needs `lo` to be up.
+    pub fn is_network_down(&self) -> bool {
+        match self {
+            Self::Netlink(error) => error.errno() == Some(libc::ENETDOWN),
+            Self::Undone { source, .. } => source.is_network_down(),
+            _ => false,
+        }
+    }
+}
+
 impl From<netlink::Error> for Error {
     fn from(error: netlink::Error) -> Self {
         match error.errno() {
@@ -91,10 +109,10 @@ impl From<netlink::Error> for Error {
     }
 }
 
-impl From<iptables::Error> for Error {
-    fn from(error: iptables::Error) -> Self {
+impl From<firewall::Error> for Error {
+    fn from(error: firewall::Error) -> Self {
         match error {
-            iptables::Error::Tables { source, .. }
+            firewall::Error::Tables { source, .. }
                 if source.raw_os_error() == Some(libc::EPERM) =>
             {
                 Self::Denied
@@ -113,6 +131,8 @@ pub struct Options {
     pub runtime_dir: RuntimeDir,
     /// How long another run may hold it.
     pub lock_timeout: Duration,
+    /// What gives replies their mark.
+    pub firewall: Firewall,
 }
 
 /// What a run changed, or would.
@@ -125,6 +145,7 @@ pub struct Report {
 }
 
 /// What is there and what it means for these pathways.
+#[derive(Debug)]
 pub(super) struct Reading {
     pub(super) facts: Facts,
     pub(super) present: Present,
@@ -137,14 +158,11 @@ pub(super) async fn change(
     pathways: &[Pathway],
     options: &Options,
 ) -> Result<Report, Error> {
-    let host = Host::open(goal, pathways)?;
-    let lock = || {
-        options
-            .runtime_dir
-            .lock("pathways", options.lock_timeout)
-            .map_err(Error::Lock)
+    let host = Host::open(goal, options.firewall)?;
+    let _lock = match options.dry_run {
+        true => None,
+        false => Some(lock(options).await?),
     };
-    let _lock = (!options.dry_run).then(lock).transpose()?;
     let reading = host.read(pathways).await?;
     let plan = plan::plan(goal, pathways, &reading.facts, &reading.present);
     let mut notes = reading.notes;
@@ -166,9 +184,30 @@ pub(super) async fn change(
     Ok(Report { changes, notes })
 }
 
+/// The lock that keeps two runs apart. Waits without keeping the thread from other work: that may be
+/// what has the lock.
+pub(super) async fn lock(options: &Options) -> Result<Lock, Error> {
+    let start = Instant::now();
+    let limit = options.lock_timeout;
+    loop {
+        match options.runtime_dir.try_lock(LOCK)? {
+            Attempt::Held(lock) => return Ok(lock),
+            Attempt::HeldBy(holder) if start.elapsed() >= limit => {
+                let path = options.runtime_dir.file(LOCK, "lock")?;
+                return Err(Error::Lock(runtime_dir::Error::Busy {
+                    path,
+                    holder,
+                    limit,
+                }));
+            }
+            Attempt::HeldBy(_) => tokio::time::sleep(LOCK_PAUSE).await,
+        }
+    }
+}
+
 /// Reads what is there, without a lock.
-pub(super) async fn read(pathways: &[Pathway]) -> Result<Reading, Error> {
-    Host::open(Goal::Add, pathways)?.read(pathways).await
+pub(super) async fn read(pathways: &[Pathway], firewall: Firewall) -> Result<Reading, Error> {
+    Host::open(Goal::Add, firewall)?.read(pathways).await
 }
 
 /// Every route of ours, in whatever table.
@@ -221,75 +260,99 @@ fn require_net_admin() -> Result<(), Error> {
 }
 
 /// The ways into the kernel.
-struct Host {
+#[derive(Debug)]
+pub(super) struct Host {
+    goal: Goal,
     netlink: Netlink,
     /// The families the kernel has.
     families: Vec<Family>,
-    /// The families that pathways are served in.
-    served: Vec<Family>,
-    /// Binaries by family; none where no line is wanted and none is installed.
-    tools: Vec<(Family, Vec<Tool>)>,
-    notes: Vec<String>,
+    firewalls: Firewalls,
 }
 
 impl Host {
-    fn open(goal: Goal, pathways: &[Pathway]) -> Result<Self, Error> {
+    pub(super) fn open(goal: Goal, firewall: Firewall) -> Result<Self, Error> {
         require_net_admin()?;
         let families = kernel_families();
-        let mut served = vec![Family::V4];
-        let mut notes = Vec::new();
-        let mut without_v6 = |why: &str| notes.push(format!("{why}: the pathways serve IPv4 only"));
-        // the kernel asks the interface's own switch, and `all` writes through to it
-        if !families.contains(&Family::V6) {
-            without_v6("this kernel runs without IPv6");
-        } else if switch("/proc/sys/net/ipv6/conf/lo/disable_ipv6")? {
-            without_v6("IPv6 is switched off (net.ipv6.conf.lo.disable_ipv6)");
-        } else {
-            served.push(Family::V6);
-        }
-        let wants_lines = goal == Goal::Add
-            && pathways
-                .iter()
-                .any(|pathway| pathway.connmark != ConnmarkMode::Off);
-        let mut tools = Vec::new();
-        for &family in &families {
-            match iptables::tools(family) {
-                Ok(found) => tools.push((family, found)),
-                Err(iptables::Error::Missing { program }) if family == Family::V6 => {
-                    if wants_lines && served.contains(&family) {
-                        without_v6(&format!("{program} is not installed"));
-                        served.retain(|served| *served != family);
-                    }
-                }
-                Err(error @ iptables::Error::Missing { .. }) => {
-                    if pathways.iter().any(Pathway::wants_connmark) && goal == Goal::Add {
-                        return Err(error.into());
-                    }
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        if goal == Goal::Del {
-            notes.clear();
-        }
         Ok(Self {
+            goal,
             netlink: Netlink::open()?,
+            firewalls: Firewalls::open(firewall, &families)?,
             families,
-            served,
-            tools,
+        })
+    }
+
+    /// Everything that matters to these pathways.
+    pub(super) async fn read(&self, pathways: &[Pathway]) -> Result<Reading, Error> {
+        let firewall = self.firewalls.read().await?;
+        let (facts, notes) = self.read_facts(pathways, &firewall).await?;
+        Ok(Reading {
+            present: self.present(pathways, firewall).await?,
+            facts,
             notes,
         })
     }
 
-    async fn read(&self, pathways: &[Pathway]) -> Result<Reading, Error> {
+    /// What of the host decides how the scheme looks, and what a person should know of it.
+    pub(super) async fn read_facts(
+        &self,
+        pathways: &[Pathway],
+        firewall: &firewall::Found,
+    ) -> Result<(Facts, Vec<String>), Error> {
+        let backend = self.firewalls.backend(firewall);
+        let mut notes = Vec::new();
+        let served = self.served(pathways, backend, &mut notes)?;
+        let facts = self.facts(pathways, served, backend).await?;
+        let any_lines = || pathways.iter().any(|pathway| wants_lines(pathway, &facts));
+        if self.goal == Goal::Add && any_lines() {
+            self.firewalls.require(backend, Family::V4)?;
+        }
+        Ok((facts, notes))
+    }
+
+    /// The families that pathways are served in.
+    fn served(
+        &self,
+        pathways: &[Pathway],
+        backend: Backend,
+        notes: &mut Vec<String>,
+    ) -> Result<Vec<Family>, Error> {
+        let connmark = |pathway: &Pathway| pathway.connmark != ConnmarkMode::Off;
+        // the kernel asks the interface's own switch, and `all` writes through to it
+        let why = if !self.families.contains(&Family::V6) {
+            "this kernel runs without IPv6".to_owned()
+        } else if switch("/proc/sys/net/ipv6/conf/lo/disable_ipv6")? {
+            "IPv6 is switched off (net.ipv6.conf.lo.disable_ipv6)".to_owned()
+        } else if self.goal == Goal::Add
+            && pathways.iter().any(connmark)
+            && self.firewalls.require(backend, Family::V4).is_ok()
+            && let Err(firewall::Error::Missing { program, .. }) =
+                self.firewalls.require(backend, Family::V6)
+        {
+            format!("{program} is not installed")
+        } else {
+            return Ok(Family::BOTH.to_vec());
+        };
+        if self.goal == Goal::Add {
+            notes.push(format!("{why}: the pathways serve IPv4 only"));
+        }
+        Ok(vec![Family::V4])
+    }
+
+    async fn facts(
+        &self,
+        pathways: &[Pathway],
+        families: Vec<Family>,
+        backend: Backend,
+    ) -> Result<Facts, Error> {
         let mut facts = Facts {
-            families: self.served.clone(),
+            families,
             route_localnet: switch("/proc/sys/net/ipv4/conf/all/route_localnet")?,
             default_route: Vec::new(),
             own: BTreeSet::new(),
+            backend,
         };
         for (family, to) in Family::BOTH.into_iter().zip(ANYWHERE) {
-            if !self.served.contains(&family) {
+            if !facts.families.contains(&family) {
                 continue;
             }
             let lookup = self.netlink.lookup(to).await?;
@@ -308,49 +371,74 @@ impl Host {
         for target in pathways.iter().flat_map(|pathway| &pathway.targets) {
             let single = target.prefix_len() == target.max_prefix_len();
             if single
-                && self.served.contains(&Family::of(target.addr()))
+                && facts.families.contains(&Family::of(target.addr()))
                 && self.netlink.lookup(target.addr()).await? == Lookup::Local
             {
                 facts.own.insert(target.addr());
             }
         }
-        Ok(Reading {
-            facts,
-            present: self.present(pathways).await?,
-            notes: self.notes.clone(),
-        })
+        Ok(facts)
     }
 
-    async fn present(&self, pathways: &[Pathway]) -> Result<Present, Error> {
-        let mut present = Present::default();
+    async fn present(
+        &self,
+        pathways: &[Pathway],
+        firewall: firewall::Found,
+    ) -> Result<Present, Error> {
+        let mut present = Present {
+            firewall,
+            ..Present::default()
+        };
+        self.read_rules(&mut present).await?;
+        self.read_routes(pathways, &mut present).await?;
+        Ok(present)
+    }
+
+    pub(super) async fn read_rules(&self, present: &mut Present) -> Result<(), Error> {
+        let (mut plain, mut other_lookups) = (BTreeSet::new(), BTreeSet::new());
         for &family in &self.families {
             let rules = self.netlink.rules(family).await?;
-            present.rules.extend(rules.plain);
-            present.other_lookups.extend(rules.other_lookups);
+            plain.extend(rules.plain);
+            other_lookups.extend(rules.other_lookups);
         }
+        (present.rules, present.other_lookups) = (plain, other_lookups);
+        Ok(())
+    }
+
+    /// The routes of the tables that matter, which the rules tell.
+    pub(super) async fn read_routes(
+        &self,
+        pathways: &[Pathway],
+        present: &mut Present,
+    ) -> Result<(), Error> {
         let tables = plan::tables_to_read(pathways, &present.rules);
+        let mut found = Vec::new();
         for &family in &self.families {
             if tables.len() > TABLES_ONE_BY_ONE {
                 let routes = self.netlink.routes(family, RoutesOf::Everyone).await?;
-                present
-                    .routes
-                    .extend(routes.into_iter().filter(|route| match route {
-                        FoundRoute::LocalDefault(route) => tables.contains(&route.table),
-                        FoundRoute::Other { table, .. } => tables.contains(table),
-                    }));
+                found.extend(routes.into_iter().filter(|route| match route {
+                    FoundRoute::LocalDefault(route) => tables.contains(&route.table),
+                    FoundRoute::Other { table, .. } => tables.contains(table),
+                }));
                 continue;
             }
             for &table in &tables {
                 let of = RoutesOf::Table(table);
-                present
-                    .routes
-                    .extend(self.netlink.routes(family, of).await?);
+                found.extend(self.netlink.routes(family, of).await?);
             }
         }
-        for (_, tools) in &self.tools {
-            present.firewall.extend(iptables::read(tools).await?);
-        }
-        Ok(present)
+        present.routes = found;
+        Ok(())
+    }
+
+    pub(super) async fn read_firewall(&self, present: &mut Present) -> Result<(), Error> {
+        present.firewall = self.firewalls.read().await?;
+        Ok(())
+    }
+
+    /// Whether lines of ours are, or would be, where the kernel tells nobody of a change.
+    pub(super) fn is_silent(&self, present: &Present) -> bool {
+        self.firewalls.is_silent(&present.firewall)
     }
 
     /// Applies changes in order; `done` holds what was reached, also on failure.
@@ -367,38 +455,22 @@ impl Host {
     }
 
     /// One transaction's steps: line steps of one program, or a single step of any other kind.
-    async fn run(&self, batch: &[Step]) -> Result<(), Error> {
+    pub(super) async fn run(&self, batch: &[Step]) -> Result<(), Error> {
         match batch {
             [Step::AddRule(rule)] => self.netlink.add_rule(rule).await?,
             [Step::DelRule(rule)] => self.netlink.del_rule(rule).await?,
             [Step::AddRoute(route)] => self.netlink.add_route(route).await?,
             [Step::AdoptRoute { route, .. }] => self.netlink.replace_route(route).await?,
             [Step::DelRoute(route)] => self.netlink.del_route(route).await?,
-            // "did not" means that somebody else uses it by now: then it is theirs
-            [Step::DropChain { family, chain, .. }] => {
-                iptables::drop_chain(*family, *chain)?;
-            }
-            [Step::DropTable { family }] => {
-                iptables::drop_table(*family)?;
-            }
-            [Step::InsertLine(line) | Step::DelLine(line), ..] => {
-                let tool = self
-                    .tools
-                    .iter()
-                    .flat_map(|(_, tools)| tools)
-                    .find(|tool| *tool.program() == line.program);
-                if let Some(tool) = tool {
-                    tool.write(batch).await?;
-                }
-            }
-            _ => {}
+            _ => self.firewalls.write(batch).await?,
         }
         Ok(())
     }
 
     /// Reads back, and plans again with the same facts: nothing may be left to do.
     async fn verify(&self, goal: Goal, pathways: &[Pathway], facts: &Facts) -> Result<(), Error> {
-        let present = self.present(pathways).await?;
+        let firewall = self.firewalls.read().await?;
+        let present = self.present(pathways, firewall).await?;
         let Plan { changes, .. } = plan::plan(goal, pathways, facts, &present);
         match changes.first() {
             None => Ok(()),
@@ -440,8 +512,8 @@ impl Host {
         }
         for (_, family, chain) in made {
             let dropped = match chain {
-                Some(chain) => iptables::drop_chain(family, chain),
-                None => iptables::drop_table(family),
+                Some(chain) => firewall::drop_chain(family, chain),
+                None => firewall::drop_table(family),
             };
             if let Err(error) = dropped {
                 tracing::error!(%error, "cannot take back");
@@ -457,12 +529,4 @@ impl Host {
             source,
         }
     }
-}
-
-fn same_transaction(left: &Step, right: &Step) -> bool {
-    let program = |step: &Step| match step {
-        Step::InsertLine(line) | Step::DelLine(line) => Some(line.program.clone()),
-        _ => None,
-    };
-    program(left).is_some() && program(left) == program(right)
 }

@@ -415,7 +415,7 @@ fn rule_message(rule: &Rule) -> RuleMessage {
 }
 
 /// The rule in canonical form, or the table it looks up where it has selectors beyond that form.
-fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, Option<u32>> {
+pub(super) fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, Option<u32>> {
     let header = &message.header;
     let table = message
         .attributes

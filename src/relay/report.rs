@@ -177,7 +177,7 @@ impl Limiter {
     /// One line about a listener that cannot accept for now.
     pub(super) fn warn_about_listener(
         &self,
-        listener: &tokio::net::TcpListener,
+        listener: &std::net::TcpListener,
         message: &dyn fmt::Display,
     ) {
         let addr = listener.local_addr().ok();

@@ -17,7 +17,7 @@ use super::report::{LastError, Limiter};
 use super::settings::Settings;
 use super::spread::{Arrivals, Spread};
 use super::view::Query;
-use super::worker::{Common, Worker, accept_from};
+use super::worker::{Common, Worker, accept_from, take_queue};
 use super::workers::{Shared, Workers};
 
 /// Why a relay could not start, or ended by itself.
@@ -227,9 +227,10 @@ async fn work(
     } = part;
     let worker = Worker::new(shared, common, number);
     tokio::task::spawn_local(Rc::clone(&worker).answer(queries));
+    let listeners: Vec<_> = listeners.into_iter().map(Rc::new).collect();
     let mut accepting = JoinSet::new();
-    for listener in listeners {
-        accepting.spawn_local(accept_from(Rc::clone(&worker), listener));
+    for listener in &listeners {
+        accepting.spawn_local(accept_from(Rc::clone(&worker), Rc::clone(listener)));
     }
     // each branch can be dropped and tried again: nothing is taken before it is chosen
     loop {
@@ -243,8 +244,10 @@ async fn work(
             Some(accepted) = arrivals.recv() => worker.take_over(accepted),
         }
     }
-    // closes the listeners
     accepting.shutdown().await;
+    for listener in listeners {
+        take_queue(&worker, &listener);
+    }
     // a worker that has not heard of the drain yet keeps from here on what it accepts
     arrivals.close();
     while let Some(accepted) = arrivals.recv().await {

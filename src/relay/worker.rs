@@ -6,7 +6,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -16,9 +16,10 @@ use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use nix::errno::Errno;
+use tokio::io::{Interest, unix::AsyncFd};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
-use tracing::{Span, debug, info_span};
+use tracing::{Span, debug, info_span, warn};
 
 use super::copy::{self, End, Pair, Side};
 use super::counters::{Counters, Refusal};
@@ -26,7 +27,7 @@ use super::registry::{Entry, Registry};
 use super::report::{self, LastError, Limiter, Subject};
 use super::settings::Settings;
 use super::setup::{self, Begun, Slow};
-use super::spread::{Accepted, Spread};
+use super::spread::{Accepted, Spread, Turnover};
 use super::view::{Ask, Query, Reason};
 use super::workers::Shared;
 use crate::model::ProxyAddr;
@@ -116,10 +117,15 @@ impl Worker {
     /// Takes a connection that another worker handed over.
     pub(super) fn take_over(self: &Rc<Self>, accepted: Accepted) {
         self.common.spread.arrived(self.number);
-        let Accepted { socket, peer } = accepted;
-        match TcpStream::from_std(socket) {
-            Ok(client) => adopt(self, client, peer),
-            Err(error) => debug!(proxy.addr = %peer, %error, "cannot watch a connection"),
+        adopt(self, accepted);
+    }
+
+    /// How long connections stay here, as far as it matters for where the next one goes.
+    fn turnover(&self) -> Turnover {
+        if self.registry.left_lately() > self.counters.active.get() {
+            Turnover::Fast
+        } else {
+            Turnover::Slow
         }
     }
 
@@ -152,29 +158,45 @@ impl Worker {
 
 /// Accepts until the listener itself fails; everything else is survived.
 ///
+/// A connection is registered with no event loop before it is known whose it is: registering it here, and
+/// once more on the thread that it is handed over to, would cost each of these four system calls.
+///
 /// Cancel-safe: a connection is taken off the queue and spawned, or handed over, without a wait between.
-pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io::Error {
-    let listener = match tokio::net::TcpListener::from_std(listener) {
+pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<TcpListener>) -> io::Error {
+    // SAFETY: the listener owns its descriptor, and whoever shares it only borrows it
+    #[expect(
+        unsafe_code,
+        reason = "tokio's own listener registers what it accepts, wanted or not"
+    )]
+    let watched = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
+    let listener = match watched {
         Ok(listener) => listener,
-        Err(error) => return error,
+        Err(refused) => return refused.into(),
     };
-    let mut in_a_row = 0;
     let mut pause = FIRST_PAUSE;
     loop {
-        match listener.accept().await {
-            Ok((client, peer)) => {
-                pause = FIRST_PAUSE;
-                match worker.common.spread.elsewhere(worker.number) {
-                    None => adopt(&worker, client, peer),
-                    Some(to) => hand_over(&worker, to, client, peer),
+        let mut ready = match listener.readable().await {
+            Ok(ready) => ready,
+            Err(error) => return error,
+        };
+        for _ in 0..ACCEPTS_PER_TURN {
+            let error = match ready.try_io(|listener| socket::accept(listener.get_ref())) {
+                Ok(Ok((client, peer))) => {
+                    pause = FIRST_PAUSE;
+                    deal(
+                        &worker,
+                        Accepted {
+                            socket: client,
+                            peer,
+                        },
+                    );
+                    continue;
                 }
-                in_a_row += 1;
-                if in_a_row >= ACCEPTS_PER_TURN {
-                    in_a_row = 0;
-                    tokio::task::yield_now().await;
-                }
-            }
-            Err(error) => match Trouble::of(&error) {
+                Ok(Err(error)) => error,
+                // all taken: readiness is cleared
+                Err(_would_block) => break,
+            };
+            match Trouble::of(&error) {
                 Trouble::Connection => {
                     debug!(%error, "a connection was lost before it was accepted")
                 }
@@ -183,7 +205,7 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
                     if pause == FIRST_PAUSE {
                         let _named = worker.span.enter();
                         worker.common.limiter.warn_about_listener(
-                            &listener,
+                            listener.get_ref(),
                             &format_args!("accepting pauses: {error}: raise LimitNOFILE or set max-connections"),
                         );
                     }
@@ -191,7 +213,26 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
                 Trouble::Listener => return error,
-            },
+            }
+        }
+        // the connections' turn
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Takes what the kernel has completed already, before the listener is closed: it would reset them.
+/// Never waits.
+pub(super) fn take_queue(worker: &Rc<Worker>, listener: &TcpListener) {
+    loop {
+        match socket::accept(listener) {
+            Ok((socket, peer)) => deal(worker, Accepted { socket, peer }),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) if Trouble::of(&error) == Trouble::Connection => {}
+            Err(error) => {
+                let _named = worker.span.enter();
+                warn!(%error, "connections that were not accepted yet are lost");
+                return;
+            }
         }
     }
 }
@@ -219,25 +260,27 @@ impl Trouble {
     }
 }
 
-/// Gives a connection to another worker, or keeps it where that one drains already.
-fn hand_over(worker: &Rc<Worker>, to: usize, client: TcpStream, peer: SocketAddr) {
-    let kept = match client.into_std() {
-        Ok(socket) => worker.common.spread.send(to, Accepted { socket, peer }),
-        Err(error) => {
-            debug!(proxy.addr = %peer, %error, "cannot hand a connection over");
-            return;
-        }
+/// Gives a connection to the worker that has the least to do, which is this one nearly always.
+fn deal(worker: &Rc<Worker>, accepted: Accepted) {
+    let spread = &worker.common.spread;
+    let kept = match spread.elsewhere(worker.number, worker.turnover()) {
+        None => Some(accepted),
+        // that one may drain already
+        Some(to) => spread.send(to, accepted).err(),
     };
-    let Err(Accepted { socket, peer }) = kept else {
-        return;
-    };
-    match TcpStream::from_std(socket) {
-        Ok(client) => adopt(worker, client, peer),
-        Err(error) => debug!(proxy.addr = %peer, %error, "cannot watch a connection"),
+    if let Some(accepted) = kept {
+        adopt(worker, accepted);
     }
 }
 
-fn adopt(worker: &Rc<Worker>, client: TcpStream, peer: SocketAddr) {
+fn adopt(worker: &Rc<Worker>, Accepted { socket, peer }: Accepted) {
+    let client = match TcpStream::from_std(socket) {
+        Ok(client) => client,
+        Err(error) => {
+            debug!(proxy.addr = %peer, %error, "cannot watch a connection");
+            return;
+        }
+    };
     worker.counters.accepted.add(1);
     let proxy = ProxyAddr::new(peer);
     let Some(live) = Live::new(worker, proxy) else {

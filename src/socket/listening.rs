@@ -5,10 +5,11 @@ use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::errno::Errno;
 use socket2::{Domain, Socket, Type};
 
-use super::udp::udp_listeners;
-use super::{Failure, ListenError, adopt_listener, tcp_listeners};
+use super::udp::{one_more_udp_listener, udp_listeners};
+use super::{Failure, ListenError, adopt_listener, sharing_listener, tcp_listeners};
 use crate::model::{ListenAddr, Protocol};
 
 /// A bound socket.
@@ -71,6 +72,27 @@ impl Listening {
             return Ok(bound.then_some(Self::Udp(socket)));
         }
         Ok(None)
+    }
+
+    /// One more for the same address: a socket of its own where the kernel shares the address out
+    /// (`SO_REUSEPORT`). Where it does not, because systemd bound it, this TCP socket once more.
+    ///
+    /// # Errors
+    /// When descriptors run out, or UDP's address is not shared.
+    pub fn another(&self) -> Result<Self, Failure> {
+        let (_, addr) = self
+            .place()
+            .map_err(Failure::at("read the bound address"))?;
+        match self {
+            Self::Udp(_) => Ok(Self::Udp(one_more_udp_listener(addr)?)),
+            Self::Tcp(listener) => match sharing_listener(addr) {
+                Err(failure) if failure.errno() == Some(Errno::EADDRINUSE) => {
+                    let same = listener.try_clone();
+                    Ok(Self::Tcp(same.map_err(Failure::at("share a listener"))?))
+                }
+                own => Ok(Self::Tcp(own?)),
+            },
+        }
     }
 
     /// Where it listens.

@@ -9,13 +9,14 @@ use std::time::Duration;
 use serde::Serialize;
 use tracing::{info, warn};
 
+use super::pathways::Keeping;
 use super::plan::{Difference, Spec, Specs};
 use super::relay::{Relay, World};
 use crate::config::{Configuration, Diagnostics, Origin};
 use crate::model::{Mark, Pathway};
 use crate::pathway;
 use crate::runtime_dir::Attempt;
-use crate::supervisor::{State, Status, Supervisor};
+use crate::supervisor::{State, Status, Supervisor, Task};
 use crate::systemd;
 
 /// How long another run may hold the pathways' lock.
@@ -67,7 +68,9 @@ pub(super) struct Fleet {
     pub(super) world: Rc<World>,
     pub(super) supervisor: RefCell<Supervisor<Relay>>,
     origin: Origin,
-    manage_pathways: bool,
+    /// What the counts of repairs are published under, where this process manages its pathways.
+    manage_pathways: Option<String>,
+    keeping: RefCell<Option<Keeping>>,
     pub(super) specs: RefCell<Specs>,
     /// Reloads and upgrades come one after the other.
     pub(super) turn: tokio::sync::Mutex<()>,
@@ -82,7 +85,7 @@ impl Fleet {
         selection: Selection,
         world: Rc<World>,
         origin: Origin,
-        manage_pathways: bool,
+        manage_pathways: Option<String>,
     ) -> Self {
         let specs = specs(&selection, &world.configuration.borrow());
         world.instances.set(specs.len());
@@ -92,6 +95,7 @@ impl Fleet {
             supervisor: RefCell::default(),
             origin,
             manage_pathways,
+            keeping: RefCell::default(),
             specs: RefCell::new(specs),
             turn: tokio::sync::Mutex::default(),
             succeeded: Cell::new(false),
@@ -102,9 +106,11 @@ impl Fleet {
     /// Starts every relay and waits until each was tried once.
     pub(super) async fn start(&self) -> Result<(), pathway::Error> {
         let configuration = Rc::clone(&self.world.configuration.borrow());
-        if self.manage_pathways {
+        if let Some(name) = &self.manage_pathways {
             let wanted = used(&configuration, &self.specs.borrow());
             self.install(&wanted).await?;
+            let keeping = Keeping::start(wanted, self.options(), name).await?;
+            self.keeping.replace(Some(keeping));
         }
         let names: Vec<String> = self.specs.borrow().keys().cloned().collect();
         for name in &names {
@@ -191,15 +197,18 @@ impl Fleet {
             unchanged: difference.unchanged.len(),
             ..Changes::default()
         };
-        if self.manage_pathways {
+        if self.manage_pathways.is_some() {
             // the last step that may fail, and the first that acts: make before break
             self.install(&new).await?;
+        }
+        if let Some(keeping) = &*self.keeping.borrow() {
+            keeping.want(new.clone());
         }
         self.world.configuration.replace(after);
         self.world.instances.set(wanted.len());
         *self.specs.borrow_mut() = wanted;
-        self.follow(&difference, &present, &mut changes).await;
-        if self.manage_pathways {
+        self.follow(&difference, &mut changes).await;
+        if self.manage_pathways.is_some() {
             let gone = |pathway: &&Pathway| changes.pathways_disappeared.contains(&pathway.mark);
             self.remove(&old.iter().filter(gone).cloned().collect::<Vec<_>>())
                 .await;
@@ -207,7 +216,7 @@ impl Fleet {
         Ok(changes)
     }
 
-    async fn follow(&self, difference: &Difference, present: &Specs, changes: &mut Changes) {
+    async fn follow(&self, difference: &Difference, changes: &mut Changes) {
         let Difference {
             start,
             stop,
@@ -232,7 +241,7 @@ impl Fleet {
             self.supervisor.borrow_mut().drain(name);
         }
         for name in set {
-            self.set(name, present, changes).await;
+            self.set(name, changes).await;
         }
         for name in start.iter().chain(replace) {
             self.keep(name);
@@ -246,7 +255,7 @@ impl Fleet {
     }
 
     /// Has a relay treat new connections by its new line, on the sockets it has.
-    async fn set(&self, name: &str, present: &Specs, changes: &mut Changes) {
+    async fn set(&self, name: &str, changes: &mut Changes) {
         let Some(Spec { instance, allow }) = self.specs.borrow().get(name).cloned() else {
             return;
         };
@@ -255,15 +264,6 @@ impl Fleet {
             self.keep(name);
             return;
         };
-        let listeners = instance.options.listeners;
-        if present
-            .get(name)
-            .is_some_and(|before| before.instance.options.listeners != listeners)
-        {
-            changes.notes.push(format!(
-                "{name}: listeners= takes effect when it is started anew"
-            ));
-        }
         relay.server.set(&instance, allow);
         if !self.world.no_check
             && let Err(error) = self.world.in_place(instance.mark).await
@@ -328,16 +328,23 @@ impl Fleet {
             dry_run: false,
             runtime_dir: self.world.runtime_dir.clone(),
             lock_timeout: LOCK_LIMIT,
+            firewall: self.world.firewall,
         }
     }
 
     /// Removes what [`Fleet::start`] installed, at the process's end.
     pub(super) async fn remove_pathways(&self) {
-        if self.manage_pathways {
+        self.stop_keeping();
+        if self.manage_pathways.is_some() {
             let configuration = Rc::clone(&self.world.configuration.borrow());
             let used = used(&configuration, &self.specs.borrow());
             self.remove(&used).await;
         }
+    }
+
+    /// Leaves the pathways as they are, to who removes them or keeps them from here on.
+    pub(super) fn stop_keeping(&self) {
+        self.keeping.take();
     }
 
     /// The state of every instance.
@@ -347,6 +354,14 @@ impl Fleet {
             .statuses()
             .map(|(name, status)| (name.to_owned(), status))
             .collect()
+    }
+
+    /// Connections and flows that are open, those of relays that drain included.
+    pub(super) fn active(&self) -> u64 {
+        let supervisor = self.supervisor.borrow();
+        let running = self.statuses();
+        let running = running.iter().filter_map(|(name, _)| supervisor.task(name));
+        running.map(|relay| relay.active()).sum::<u64>() + supervisor.draining()
     }
 
     /// Why those that do not run do not.

@@ -7,12 +7,12 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::plan::Spec;
 use crate::config::Configuration;
 use crate::model::{Instance, Mark, Pathway};
-use crate::pathway;
+use crate::pathway::{self, Firewall};
 use crate::relay::server::{Error, Server};
 use crate::relay::workers::Workers;
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
@@ -39,6 +39,8 @@ pub(super) struct World {
     pub(super) runtime_dir: RuntimeDir,
     /// Start although the pathway may not be in place.
     pub(super) no_check: bool,
+    /// What gives replies their mark.
+    pub(super) firewall: Firewall,
     /// As last read without a mistake.
     pub(super) configuration: RefCell<Rc<Configuration>>,
     /// How many instances this process has.
@@ -94,7 +96,7 @@ impl World {
         let looked = match look.take() {
             Some(look) if look.at.elapsed() < FRESH && Rc::ptr_eq(&look.of, &configuration) => look,
             _ => Look {
-                missing: missing(&configuration.pathways).await?,
+                missing: missing(&configuration.pathways, self.firewall).await?,
                 at: Instant::now(),
                 of: configuration,
             },
@@ -119,8 +121,11 @@ impl World {
     }
 }
 
-async fn missing(pathways: &[Pathway]) -> anyhow::Result<BTreeMap<Mark, String>> {
-    let findings = pathway::check(pathways)
+async fn missing(
+    pathways: &[Pathway],
+    firewall: Firewall,
+) -> anyhow::Result<BTreeMap<Mark, String>> {
+    let findings = pathway::check(pathways, firewall)
         .await
         .context("cannot check the pathways")?;
     let mut missing = BTreeMap::new();
@@ -162,9 +167,15 @@ impl Relay {
         }
         let place = (instance.options.protocol, instance.listen.get());
         let offered = world.offered.borrow_mut().remove(&place);
+        let count = world.listeners_of(&instance);
         let sockets = match offered {
-            Some(sockets) => sockets,
-            None => bind(&instance, world.listeners_of(&instance))?,
+            Some(sockets) if sockets.len() > count.get() => {
+                // nobody would accept what comes to those that go, as long as systemd keeps them
+                systemd::forget(name);
+                as_many_as(sockets, &instance, count)
+            }
+            Some(sockets) => as_many_as(sockets, &instance, count),
+            None => bind(&instance, count)?,
         };
         let listeners = sockets.len();
         systemd::store(name, &sockets);
@@ -198,6 +209,29 @@ fn bind(instance: &Instance, count: NonZeroUsize) -> anyhow::Result<Vec<Listenin
         );
     }
     Ok(sockets)
+}
+
+/// Makes what was passed the right number: more of the same address, or fewer.
+fn as_many_as(
+    mut sockets: Vec<Listening>,
+    instance: &Instance,
+    count: NonZeroUsize,
+) -> Vec<Listening> {
+    // whoever had them before takes what waits in those that go
+    sockets.truncate(count.get());
+    while sockets.len() < count.get() {
+        match sockets[0].another() {
+            Ok(socket) => sockets.push(socket),
+            Err(error) => {
+                debug!(
+                    instance = %instance.name, listeners = sockets.len(), wanted = count,
+                    error = &error as &dyn std::error::Error, "listening on fewer sockets than wanted"
+                );
+                break;
+            }
+        }
+    }
+    sockets
 }
 
 impl Task for Relay {

@@ -3,12 +3,10 @@
 use tracing::warn;
 
 use crate::cli::{Global, RunArgs};
-use crate::commands::drawn;
+use crate::commands::{UsageError, drawn};
 use crate::compat::relay_name;
 use crate::config::{self, Origin, Relays, Standalone, Trusted};
 use crate::model::{Instance, Pathway};
-
-use super::UsageError;
 
 /// Where the relays that were asked for come from.
 pub(super) fn origin(global: &Global, args: &RunArgs) -> anyhow::Result<Origin> {
