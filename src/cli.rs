@@ -105,6 +105,8 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Validate the three files and show what they say
     Check(CheckArgs),
+    /// Prove each pathway with a spoofed connection; name what is wrong and the command that mends it
+    Doctor(DoctorArgs),
     /// Be the proxy: send a PROXY header for a given client, then pass stdin and stdout
     Probe(ProbeArgs),
     /// Print what belongs into the configuration of the proxy in front of an instance
@@ -588,6 +590,23 @@ pub struct LinkArgs {
     /// Where to make them [default: beside this program]
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
+}
+
+/// `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Instances, as named in instances.tsv; none means all of them. With --demo: faults
+    #[arg(value_name = "INSTANCE")]
+    pub instances: Vec<String>,
+    /// Print JSON (docs/doctor.md)
+    #[arg(long)]
+    pub json: bool,
+    /// Put in place what is missing of the pathways; everything else is only printed
+    #[arg(long)]
+    pub fix: bool,
+    /// Show each fault and its verdict in private network namespaces; nothing on the host is touched
+    #[arg(long, conflicts_with_all = ["json", "fix"])]
+    pub demo: bool,
 }
 
 /// `demo`.

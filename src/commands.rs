@@ -6,6 +6,7 @@ mod ask;
 mod check;
 mod conns;
 mod demo;
+mod doctor;
 mod edge_config;
 mod explain;
 mod files;
@@ -89,6 +90,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Top(args) => top::run(&global, &args),
         Command::Explain(args) => explain::run(&global, &args),
         Command::Check(args) => check::run(&global, &args),
+        Command::Doctor(args) => doctor::run(&global, args),
         Command::Probe(args) => probe::run(&global, args),
         Command::EdgeConfig(args) => edge_config::run(&global, &args),
         Command::Import(args) => import::run(&global, &args),

@@ -40,6 +40,7 @@ pub mod compat;
 pub mod config;
 pub mod control;
 pub mod demo;
+pub mod doctor;
 pub mod edge;
 pub mod import;
 pub mod logging;

@@ -8,6 +8,7 @@ mod chain;
 mod compat;
 mod config;
 mod demo;
+mod doctor;
 mod edge;
 mod header;
 mod import;

@@ -14,6 +14,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{debug, error, info};
 
 use super::Patience;
+use super::diagnosis;
 use super::ending::Ending;
 use super::fleet::Fleet;
 use super::handler::Handler;
@@ -24,6 +25,7 @@ use super::view::View;
 use crate::cli::RunArgs;
 use crate::commands::files::{self, Watch};
 use crate::control::{client, server};
+use crate::doctor::Asker;
 use crate::runtime_dir::Lock;
 use crate::systemd;
 
@@ -32,6 +34,8 @@ const STILL_STARTING: Duration = Duration::from_secs(10);
 
 /// A process that runs relays.
 pub(super) struct Process {
+    /// For the commands that a diagnosis prints.
+    pub(super) asker: Asker,
     pub(super) fleet: Rc<Fleet>,
     pub(super) args: RunArgs,
     pub(super) patience: Patience,
@@ -152,7 +156,10 @@ impl Process {
         }
         let watchdog = systemd::watchdog_interval()
             .map(|every| tokio::task::spawn_local(keep_watchdog(Rc::clone(&self.fleet), every)));
+        let diagnosing =
+            tokio::task::spawn_local(diagnosis::watch(Rc::clone(&self.fleet), self.asker.clone()));
         let stop = self.look_after(&mut signals, &mut stopped).await?;
+        diagnosing.abort();
         if let Some(metrics) = metrics {
             metrics.abort();
         }
