@@ -121,7 +121,7 @@ fn instance(asked: &Asked) -> Instance {
     let options = &asked.instance.options;
     Instance {
         name: asked.instance.name.to_string(),
-        mark: asked.instance.mark.get(),
+        mark: asked.pathway.mark.get(),
         protocol: options.protocol.to_string(),
         listen: Some(asked.instance.listen.get()),
         listen_here: true,

@@ -51,7 +51,7 @@ pub(in crate::commands) fn asked(
     };
     Some(Asked {
         instance: instance.clone(),
-        pathway: configuration.pathway(instance.mark)?.clone(),
+        pathway: configuration.pathway_of(instance)?.clone(),
         configured: true,
         allow: configuration.allow_list(instance).prefixes().to_vec(),
         allow_file: allow_file.display().to_string(),
