@@ -114,6 +114,7 @@ fn fix(global: &Global, asked: &[Asked], diagnoses: &[Diagnosis]) -> anyhow::Res
     }
     let options = Options {
         dry_run: false,
+        set_sysctls: false,
         firewall: global.firewall,
         runtime_dir: RuntimeDir::resolve(global.runtime_dir.clone()),
         lock_timeout: LOCK_LIMIT,

@@ -91,7 +91,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 fn missing(finding: &pathway::Finding) -> Missing {
     let (family, unrouted) = match &finding.problem {
         Problem::Missing(step) => (
-            Some(step.family()),
+            step.family(),
             matches!(step, Step::AddRule(rule) if rule.priority == UNROUTED_PRIORITY),
         ),
         Problem::TableTaken(_) | Problem::Conflict(_) => (None, false),
@@ -101,6 +101,7 @@ fn missing(finding: &pathway::Finding) -> Missing {
         text: finding.to_string(),
         unrouted,
         taken: matches!(finding.problem, Problem::TableTaken(_)),
+        sysctl: matches!(finding.problem, Problem::Missing(Step::TakeSwitch(_))),
     }
 }
 
