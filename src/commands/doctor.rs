@@ -114,7 +114,6 @@ fn fix(global: &Global, asked: &[Asked], diagnoses: &[Diagnosis]) -> anyhow::Res
     }
     let options = Options {
         dry_run: false,
-        set_sysctls: false,
         firewall: global.firewall,
         runtime_dir: RuntimeDir::resolve(global.runtime_dir.clone()),
         set_sysctls: global.set_sysctls,
