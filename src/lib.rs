@@ -12,6 +12,7 @@
 //! | [`socket`] | every socket option there is | connections |
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
+//! | [`doctor`] | probes → evidence → verdict (pure) → fix | configuration, how a verdict is shown |
 //! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
 //! | [`import`] | the old programs' units and files → the two files' text | where they are read |
 //! | [`edge`] | what belongs into the proxy's own configuration | whether the proxy is there |
