@@ -50,6 +50,9 @@ pub struct Global {
         default_value = "auto"
     )]
     pub firewall: Firewall,
+    /// Let --firewall none set net.ipv4.tcp_fwmark_accept, for the whole host; 'pathway del' sets it back
+    #[arg(long, global = true, env = "MMPROXY_SET_SYSCTLS", value_parser = clap::builder::FalseyValueParser::new())]
+    pub set_sysctls: bool,
     /// How logs are written on stderr
     #[arg(long, global = true, value_name = "FORMAT", default_value = "auto")]
     pub log_format: LogFormat,
@@ -98,6 +101,8 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Validate the three files and show what they say
     Check(CheckArgs),
+    /// Prove each pathway with a spoofed connection; name what is wrong and the command that mends it
+    Doctor(DoctorArgs),
     /// Be the proxy: send a PROXY header for a given client, then pass stdin and stdout
     Probe(ProbeArgs),
     /// Show the whole chain in private network namespaces; nothing on the host is touched
@@ -547,6 +552,23 @@ fn endpoint(text: &str) -> Result<SocketAddr, &'static str> {
     text.parse().map_err(
         |_| "expected an address and a port such as 192.0.2.7:40000 or [2001:db8::7]:40000",
     )
+}
+
+/// `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Instances, as named in instances.tsv; none means all of them. With --demo: faults
+    #[arg(value_name = "INSTANCE")]
+    pub instances: Vec<String>,
+    /// Print JSON (docs/doctor.md)
+    #[arg(long)]
+    pub json: bool,
+    /// Put in place what is missing of the pathways; everything else is only printed
+    #[arg(long)]
+    pub fix: bool,
+    /// Show each fault and its verdict in private network namespaces; nothing on the host is touched
+    #[arg(long, conflicts_with_all = ["json", "fix"])]
+    pub demo: bool,
 }
 
 /// `demo`.

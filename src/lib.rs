@@ -11,6 +11,7 @@
 //! | [`socket`] | every socket option there is | connections |
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
+//! | [`doctor`] | probes → evidence → verdict (pure) → fix | configuration, how a verdict is shown |
 //! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
 //! | [`control`] | the Unix socket of a running process: framing, limits, who may ask | what a request leads to |
 //! | [`overview`] | what a process says about its instances and connections | how it is shown |
@@ -36,6 +37,7 @@ pub mod commands;
 pub mod config;
 pub mod control;
 pub mod demo;
+pub mod doctor;
 pub mod logging;
 pub mod metrics;
 pub mod model;

@@ -6,6 +6,7 @@
 //! In order: [`keeper`] (where asked for), [`handover`] (what the process before passes on), [`start`],
 //! [`process`] (serve until told to stop), [`ending`].
 
+mod diagnosis;
 mod ending;
 mod fleet;
 mod handler;

@@ -32,7 +32,7 @@ use tracing::{debug, error, info};
 
 use crate::model::Pathway;
 
-use super::host::{self, Error, Host, Options, Reading};
+use super::host::{self, Error, Host, Means, Options, Reading};
 use super::plan::{self, Change, Goal};
 use culprit::Culprits;
 use events::{Events, News, Parts};
@@ -94,7 +94,7 @@ impl Keeper {
         name: &str,
     ) -> Result<Self, Error> {
         let pathways = wanted.borrow_and_update().clone();
-        let host = Host::open(Goal::Add, options.firewall)?;
+        let host = Host::open(Goal::Add, Means::of(&options))?;
         // before the reading: what changes under way is told
         let events = Events::open().map_err(Error::Events)?;
         let reading = host.read(&pathways).await?;

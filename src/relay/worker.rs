@@ -6,7 +6,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::TcpListener;
 use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -16,7 +16,8 @@ use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use nix::errno::Errno;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{Interest, unix::AsyncFd};
+use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 use tracing::{Span, debug, info_span, warn};
 
@@ -26,7 +27,7 @@ use super::registry::{Entry, Registry};
 use super::report::{self, LastError, Limiter, Subject};
 use super::settings::Settings;
 use super::setup::{self, Begun, Slow};
-use super::spread::{Accepted, Spread};
+use super::spread::{Accepted, Spread, Turnover};
 use super::view::{Ask, Query, Reason};
 use super::workers::Shared;
 use crate::model::ProxyAddr;
@@ -116,10 +117,15 @@ impl Worker {
     /// Takes a connection that another worker handed over.
     pub(super) fn take_over(self: &Rc<Self>, accepted: Accepted) {
         self.common.spread.arrived(self.number);
-        let Accepted { socket, peer } = accepted;
-        match TcpStream::from_std(socket) {
-            Ok(client) => adopt(self, client, peer),
-            Err(error) => debug!(proxy.addr = %peer, %error, "cannot watch a connection"),
+        adopt(self, accepted);
+    }
+
+    /// How long connections stay here, as far as it matters for where the next one goes.
+    fn turnover(&self) -> Turnover {
+        if self.registry.left_lately() > self.counters.active.get() {
+            Turnover::Fast
+        } else {
+            Turnover::Slow
         }
     }
 
@@ -152,22 +158,47 @@ impl Worker {
 
 /// Accepts until the listener itself fails; everything else is survived.
 ///
+/// A connection is registered with no event loop before it is known whose it is: registering it here, and
+/// once more on the thread that it is handed over to, would cost each of these four system calls.
+///
 /// Cancel-safe: a connection is taken off the queue and spawned, or handed over, without a wait between.
 pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<TcpListener>) -> io::Error {
-    let mut in_a_row = 0;
+    // SAFETY: the listener owns its descriptor, and whoever shares it only borrows it
+    #[expect(
+        unsafe_code,
+        reason = "tokio's own listener registers what it accepts, wanted or not"
+    )]
+    let watched = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
+    let listener = match watched {
+        Ok(listener) => listener,
+        Err(refused) => return refused.into(),
+    };
     let mut pause = FIRST_PAUSE;
     loop {
-        match listener.accept().await {
-            Ok((client, peer)) => {
-                pause = FIRST_PAUSE;
-                place(&worker, client, peer);
-                in_a_row += 1;
-                if in_a_row >= ACCEPTS_PER_TURN {
-                    in_a_row = 0;
-                    tokio::task::yield_now().await;
+        let mut ready = match listener.readable().await {
+            Ok(ready) => ready,
+            Err(error) => return error,
+        };
+        let mut taken = 0;
+        while taken < ACCEPTS_PER_TURN {
+            taken += 1;
+            let error = match ready.try_io(|listener| socket::accept(listener.get_ref())) {
+                Ok(Ok((client, peer))) => {
+                    pause = FIRST_PAUSE;
+                    deal(
+                        &worker,
+                        Accepted {
+                            socket: client,
+                            peer,
+                        },
+                    );
+                    continue;
                 }
-            }
-            Err(error) => match Trouble::of(&error) {
+                Ok(Err(error)) => error,
+                // all taken: readiness is cleared
+                Err(_would_block) => break,
+            };
+            match Trouble::of(&error) {
                 Trouble::Connection => {
                     debug!(%error, "a connection was lost before it was accepted")
                 }
@@ -176,7 +207,7 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<TcpListener>) -
                     if pause == FIRST_PAUSE {
                         let _named = worker.span.enter();
                         worker.common.limiter.warn_about_listener(
-                            &listener,
+                            listener.get_ref(),
                             &format_args!("accepting pauses: {error}: raise LimitNOFILE or set max-connections"),
                         );
                     }
@@ -184,35 +215,29 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<TcpListener>) -
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
                 Trouble::Listener => return error,
-            },
+            }
+        }
+        if taken == ACCEPTS_PER_TURN {
+            // the connections' turn; not each time, because a task that yields costs its thread two system calls
+            tokio::task::yield_now().await;
         }
     }
 }
 
 /// Takes what the kernel has completed already, before the listener is closed: it would reset them.
 /// Never waits.
-pub(super) fn take_queue(worker: &Rc<Worker>, listener: TcpListener) {
-    let outcome = listener.into_std().and_then(|listener| {
-        loop {
-            match socket::accept(&listener) {
-                Ok((client, peer)) => place(worker, TcpStream::from_std(client)?, peer),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if Trouble::of(&error) == Trouble::Connection => {}
-                Err(error) => return Err(error),
+pub(super) fn take_queue(worker: &Rc<Worker>, listener: &TcpListener) {
+    loop {
+        match socket::accept(listener) {
+            Ok((socket, peer)) => deal(worker, Accepted { socket, peer }),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) if Trouble::of(&error) == Trouble::Connection => {}
+            Err(error) => {
+                let _named = worker.span.enter();
+                warn!(%error, "connections that were not accepted yet are lost");
+                return;
             }
         }
-    });
-    if let Err(error) = outcome {
-        let _named = worker.span.enter();
-        warn!(%error, "connections that were not accepted yet are lost");
-    }
-}
-
-/// Keeps a connection here, or gives it to the least busy worker.
-fn place(worker: &Rc<Worker>, client: TcpStream, peer: SocketAddr) {
-    match worker.common.spread.elsewhere(worker.number) {
-        None => adopt(worker, client, peer),
-        Some(to) => hand_over(worker, to, client, peer),
     }
 }
 
@@ -239,25 +264,27 @@ impl Trouble {
     }
 }
 
-/// Gives a connection to another worker, or keeps it where that one drains already.
-fn hand_over(worker: &Rc<Worker>, to: usize, client: TcpStream, peer: SocketAddr) {
-    let kept = match client.into_std() {
-        Ok(socket) => worker.common.spread.send(to, Accepted { socket, peer }),
-        Err(error) => {
-            debug!(proxy.addr = %peer, %error, "cannot hand a connection over");
-            return;
-        }
+/// Gives a connection to the worker that has the least to do, which is this one nearly always.
+fn deal(worker: &Rc<Worker>, accepted: Accepted) {
+    let spread = &worker.common.spread;
+    let kept = match spread.elsewhere(worker.number, worker.turnover()) {
+        None => Some(accepted),
+        // that one may drain already
+        Some(to) => spread.send(to, accepted).err(),
     };
-    let Err(Accepted { socket, peer }) = kept else {
-        return;
-    };
-    match TcpStream::from_std(socket) {
-        Ok(client) => adopt(worker, client, peer),
-        Err(error) => debug!(proxy.addr = %peer, %error, "cannot watch a connection"),
+    if let Some(accepted) = kept {
+        adopt(worker, accepted);
     }
 }
 
-fn adopt(worker: &Rc<Worker>, client: TcpStream, peer: SocketAddr) {
+fn adopt(worker: &Rc<Worker>, Accepted { socket, peer }: Accepted) {
+    let client = match TcpStream::from_std(socket) {
+        Ok(client) => client,
+        Err(error) => {
+            debug!(proxy.addr = %peer, %error, "cannot watch a connection");
+            return;
+        }
+    };
     worker.counters.accepted.add(1);
     let proxy = ProxyAddr::new(peer);
     let Some(live) = Live::new(worker, proxy) else {

@@ -223,17 +223,8 @@ impl Fleet {
             replace,
             ..
         } = difference;
-        // an address that goes from one instance to another keeps its sockets
         for name in stop.iter().chain(replace) {
-            let Some(relay) = self.supervisor.borrow().task(name) else {
-                continue;
-            };
-            match relay.server.listeners() {
-                Ok(listeners) => listeners
-                    .into_iter()
-                    .for_each(|listener| self.world.offer(listener)),
-                Err(error) => warn!(%error, instance = name, "cannot keep its listening sockets"),
-            }
+            self.offer_sockets_of(name, changes);
         }
         for name in stop.iter().chain(replace) {
             systemd::forget(name);
@@ -251,6 +242,35 @@ impl Fleet {
         changes.stopped = stop.clone();
         changes.changed = set.iter().chain(replace).cloned().collect();
         changes.failing = self.failing();
+    }
+
+    /// An address that goes from one relay to another keeps its sockets. Others are not kept for a moment:
+    /// what came to them after the relay has closed its own would be lost.
+    fn offer_sockets_of(&self, name: &str, changes: &mut Changes) {
+        let Some(relay) = self.supervisor.borrow().task(name) else {
+            return;
+        };
+        let place = (relay.instance.options.protocol, relay.instance.listen.get());
+        let specs = self.specs.borrow();
+        let next = specs.values().map(|spec| &spec.instance);
+        let mut next = next.filter(|next| (next.options.protocol, next.listen.get()) == place);
+        let Some(next) = next.next() else { return };
+        match relay.server.listeners() {
+            Ok(listeners) => {
+                let wanted = self.world.listeners_of(next).get();
+                if listeners.len() > wanted {
+                    changes.notes.push(format!(
+                        "{}: keeps {} listeners until it is stopped and started: to close one could refuse a connection",
+                        next.name,
+                        listeners.len()
+                    ));
+                }
+                for listener in listeners {
+                    self.world.offer(listener);
+                }
+            }
+            Err(error) => warn!(%error, instance = name, "cannot keep its listening sockets"),
+        }
     }
 
     /// Has a relay treat new connections by its new line, on the sockets it has.
@@ -280,6 +300,9 @@ impl Fleet {
             return Ok(());
         }
         let report = pathway::add(pathways, &self.options()).await?;
+        for note in &report.notes {
+            warn!("{note}");
+        }
         info!(
             changes = report.changes.len(),
             pathways = pathways.len(),
@@ -328,6 +351,7 @@ impl Fleet {
             runtime_dir: self.world.runtime_dir.clone(),
             lock_timeout: LOCK_LIMIT,
             firewall: self.world.firewall,
+            set_sysctls: self.world.set_sysctls,
         }
     }
 

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{debug, error, info};
 
+use super::diagnosis;
 use super::ending::Ending;
 use super::fleet::Fleet;
 use super::handler::Handler;
@@ -23,6 +24,7 @@ use super::view::View;
 use crate::cli::RunArgs;
 use crate::commands::files::{self, Watch};
 use crate::control::{client, server};
+use crate::doctor::Asker;
 use crate::runtime_dir::Lock;
 use crate::systemd;
 
@@ -31,6 +33,8 @@ const STILL_STARTING: Duration = Duration::from_secs(10);
 
 /// A process that runs relays.
 pub(super) struct Process {
+    /// For the commands that a diagnosis prints.
+    pub(super) asker: Asker,
     pub(super) fleet: Rc<Fleet>,
     pub(super) args: RunArgs,
     pub(super) program: PathBuf,
@@ -146,7 +150,10 @@ impl Process {
         }
         let watchdog = systemd::watchdog_interval()
             .map(|every| tokio::task::spawn_local(keep_watchdog(Rc::clone(&self.fleet), every)));
+        let diagnosing =
+            tokio::task::spawn_local(diagnosis::watch(Rc::clone(&self.fleet), self.asker.clone()));
         let stop = self.look_after(&mut signals, &mut stopped).await?;
+        diagnosing.abort();
         if let Some(metrics) = metrics {
             metrics.abort();
         }

@@ -41,6 +41,8 @@ pub(super) struct World {
     pub(super) no_check: bool,
     /// What gives replies their mark.
     pub(super) firewall: Firewall,
+    /// Whether a sysctl may be set where that needs one.
+    pub(super) set_sysctls: bool,
     /// As last read without a mistake.
     pub(super) configuration: RefCell<Rc<Configuration>>,
     /// How many instances this process has.
@@ -109,7 +111,8 @@ impl World {
         }
     }
 
-    fn listeners_of(&self, instance: &Instance) -> NonZeroUsize {
+    /// How many sockets it is to listen on.
+    pub(super) fn listeners_of(&self, instance: &Instance) -> NonZeroUsize {
         let asked = instance.options.listeners.map(NonZeroUsize::try_from);
         if let Some(Ok(count)) = asked {
             return count;
@@ -167,12 +170,7 @@ impl Relay {
         let offered = world.offered.borrow_mut().remove(&place);
         let count = world.listeners_of(&instance);
         let sockets = match offered {
-            Some(sockets) if sockets.len() > count.get() => {
-                // nobody would accept what comes to those that go, as long as systemd keeps them
-                systemd::forget(name);
-                as_many_as(sockets, &instance, count)
-            }
-            Some(sockets) => as_many_as(sockets, &instance, count),
+            Some(sockets) => at_least(sockets, &instance, count),
             None => bind(&instance, count)?,
         };
         let listeners = sockets.len();
@@ -209,14 +207,13 @@ fn bind(instance: &Instance, count: NonZeroUsize) -> anyhow::Result<Vec<Listenin
     Ok(sockets)
 }
 
-/// Makes what was passed the right number: more of the same address, or fewer.
-fn as_many_as(
+/// Adds to what was passed until it is as many. None is closed: the kernel may just have completed a
+/// connection for it.
+fn at_least(
     mut sockets: Vec<Listening>,
     instance: &Instance,
     count: NonZeroUsize,
 ) -> Vec<Listening> {
-    // whoever had them before takes what waits in those that go
-    sockets.truncate(count.get());
     while sockets.len() < count.get() {
         match sockets[0].another() {
             Ok(socket) => sockets.push(socket),

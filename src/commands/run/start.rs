@@ -17,6 +17,7 @@ use super::keeper::Kept;
 use super::process::Process;
 use super::relay::{World, lock_name};
 use crate::cli::{Global, RunArgs};
+use crate::commands::doctor::patients;
 use crate::commands::output::results;
 use crate::commands::{UsageError, drawn};
 use crate::config::{self, Configuration};
@@ -98,6 +99,7 @@ pub(super) fn start(
         runtime_dir,
         no_check: args.no_check,
         firewall: global.firewall,
+        set_sysctls: global.set_sysctls,
         configuration: RefCell::new(Rc::new(configuration)),
         instances: std::cell::Cell::new(0),
         locks: RefCell::new(locks),
@@ -109,6 +111,7 @@ pub(super) fn start(
         .for_each(|listener| world.offer(listener));
     take_passed(&world, passed)?;
     Ok(Some(Process {
+        asker: patients::asker(global),
         fleet: Rc::new(Fleet::new(
             selection,
             Rc::new(world),

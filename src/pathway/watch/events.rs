@@ -193,13 +193,13 @@ fn drain(
     mut of: impl FnMut(&Message<'_>, &mut News),
 ) -> io::Result<()> {
     let number = socket.as_raw_fd();
-    let mut receive = || Ok(recv(number, buffer, MsgFlags::MSG_DONTWAIT)?);
+    let receive = |buffer: &mut [u8]| Ok(recv(number, buffer, MsgFlags::MSG_DONTWAIT)?);
     for _ in 0..AT_A_TIME {
         // the runtime may not have noticed yet that there is something; and where there is nothing, it
         // must learn that, or the next wait would not wait
-        let received = match receive() {
+        let received = match receive(buffer) {
             Err(error) if io::Error::kind(&error) == ErrorKind::WouldBlock => {
-                socket.try_io(tokio::io::Interest::READABLE, |_| receive())
+                socket.try_io(tokio::io::Interest::READABLE, |_| receive(buffer))
             }
             received => received,
         };

@@ -10,7 +10,7 @@ use super::events::Parts;
 use super::mend::named;
 use super::pieces::{self, Piece};
 use crate::model::{Mark, Pathway};
-use crate::pathway::host::{Error, Host};
+use crate::pathway::host::{Error, Host, Means};
 use crate::pathway::plan::{self, Facts, Goal, Plan};
 
 impl Keeper {
@@ -20,7 +20,7 @@ impl Keeper {
         let wanted = self.wanted.borrow_and_update().clone();
         if wanted != self.pathways {
             // programs may have been installed since
-            self.host = Host::open(Goal::Add, self.options.firewall)?;
+            self.host = Host::open(Goal::Add, Means::of(&self.options))?;
             self.pathways = wanted;
             self.news.parts = Parts::ALL;
         }
@@ -65,6 +65,7 @@ impl Keeper {
         if parts.facts || parts.firewall {
             let facts = host.read_facts(pathways, &reading.present.firewall);
             (reading.facts, reading.notes) = facts.await?;
+            host.read_switch(&mut reading.present)?;
         }
         if parts.rules {
             host.read_rules(&mut reading.present).await?;

@@ -8,10 +8,10 @@ use tracing::{debug, info, warn};
 use super::pieces::Piece;
 use super::{Keeper, Round};
 use crate::model::{Mark, Pathway};
-use crate::pathway::firewall::same_transaction;
+use crate::pathway::firewall::{self, same_transaction};
 use crate::pathway::host::Error;
 use crate::pathway::piece::Step;
-use crate::pathway::plan::{Change, Outcome, Plan, TableTaken};
+use crate::pathway::plan::{Change, Conflict, Outcome, Plan};
 
 /// So many pieces are named in a line of the log; -v has all of them.
 const NAMED: usize = 4;
@@ -21,8 +21,8 @@ impl Keeper {
     pub(super) fn planned(&self, failures: &mut BTreeSet<String>) -> Plan {
         let now = Instant::now();
         let plan = self.plan_for(&self.pathways, &self.reading.facts);
-        failures.extend(plan.conflicts.iter().map(TableTaken::to_string));
-        let taken: BTreeSet<Mark> = plan.conflicts.iter().map(|taken| taken.mark).collect();
+        failures.extend(plan.conflicts.iter().map(ToString::to_string));
+        let taken: BTreeSet<Mark> = plan.conflicts.iter().map(Conflict::mark).collect();
         let free = |pathway: &&Pathway| {
             !taken.contains(&pathway.mark) && !self.storms.holds(pathway.mark, now)
         };
@@ -41,7 +41,12 @@ impl Keeper {
             .map(|change| change.command.clone())
             .collect();
         let mut changes = changes.into_iter();
+        let mut last = None::<&Step>;
         for batch in steps.chunk_by(same_transaction) {
+            if last.is_some_and(|last| firewall::is_switch(last, &batch[0])) {
+                firewall::settle();
+            }
+            last = batch.last();
             let of: Vec<Change> = changes.by_ref().take(batch.len()).collect();
             let makes =
                 |change: &Change| matches!(change.outcome, Outcome::Added | Outcome::Adopted);
