@@ -8,7 +8,9 @@ mod columns;
 mod diagnostics;
 mod instance_options;
 mod instances;
+mod json_form;
 mod options;
+mod origin;
 mod pathways;
 #[cfg(test)]
 mod properties;
@@ -27,6 +29,9 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 pub use diagnostics::{Diagnostic, Diagnostics, Severity};
+pub use instance_options::{OPTIONS, from_words};
+pub use json_form::{JsonForm, read as read_json};
+pub use origin::{Origin, Relays, Standalone, Trusted, has_ipv6};
 use source::Source;
 
 use crate::model::{AllowList, Instance, Mark, Pathway, Protocol};
@@ -61,6 +66,11 @@ impl Configuration {
     /// The pathway of a mark.
     pub fn pathway(&self, mark: Mark) -> Option<&Pathway> {
         self.pathways.iter().find(|pathway| pathway.mark == mark)
+    }
+
+    /// The pathway of an instance, where it has a mark.
+    pub fn pathway_of(&self, instance: &Instance) -> Option<&Pathway> {
+        instance.mark.and_then(|mark| self.pathway(mark))
     }
 
     /// The instance of a name.
@@ -313,14 +323,14 @@ fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
     for pathway in pathways {
         let targets = instances
             .iter()
-            .filter(|instance| instance.mark == pathway.mark)
+            .filter(|instance| instance.mark == Some(pathway.mark))
             .flat_map(Instance::targets)
             .map(|target| target.ip())
             .filter(|ip| !ip.is_loopback())
             .map(IpNet::from);
         pathway.targets.extend(targets);
         let udp = instances.iter().filter(|instance| {
-            instance.mark == pathway.mark && instance.options.protocol == Protocol::Udp
+            instance.mark == Some(pathway.mark) && instance.options.protocol == Protocol::Udp
         });
         pathway
             .udp

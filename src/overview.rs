@@ -123,6 +123,9 @@ pub struct InstanceReport {
     /// What last went wrong with a connection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<LastError>,
+    /// The last error of each kind and proxy, the newest last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recent_errors: Vec<LastError>,
 }
 
 /// The answer to `conns`.
@@ -206,6 +209,11 @@ impl Overview {
                         .iter()
                         .filter_map(|server| server.last_error())
                         .max_by_key(|error| error.at),
+                    recent_errors: subject
+                        .servers
+                        .iter()
+                        .flat_map(|server| server.recent_errors())
+                        .collect(),
                 }
             })
             .collect();

@@ -188,7 +188,9 @@ fn instance_table(instances: &[Instance]) -> String {
         };
         table.add_row([
             instance.name.to_string(),
-            instance.mark.to_string(),
+            instance
+                .mark
+                .map_or_else(|| "-".to_owned(), |mark| mark.to_string()),
             format!("{} {}", instance.options.protocol, instance.listen),
             target(Family::V4),
             target(Family::V6),

@@ -239,7 +239,7 @@ impl<'s> Cells<'s> {
             let port = port.as_ref()?.0.0.get();
             Some(Instance {
                 name: name.clone()?.0,
-                mark: mark?.0,
+                mark: Some(mark?.0),
                 listen: listen?.0,
                 target4: match target4?.0 {
                     Target::Served(addr) => Some(SocketAddrV4::new(addr, port)),

@@ -27,6 +27,10 @@ use crate::model::Family;
 
 use super::piece::{FoundRoute, Route, Rule};
 
+mod survey;
+
+pub use survey::{Answered, Question, SeenRule, Selector};
+
 /// How long the kernel may take for one answer; it takes microseconds, unless the message was lost.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 

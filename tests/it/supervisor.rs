@@ -152,6 +152,7 @@ fn one_failing_instance_leaves_the_others_alone() {
         .host
         .spawn(lab.host.mmproxyctl("run --all --manage-pathways"));
     running.wait_log("instance=\"bad\"");
+    running.wait_log("relaying instance=good");
     assert!(
         running.log().contains("127.0.0.1:2002"),
         "{}",

@@ -2,10 +2,10 @@
 
 mod cells;
 mod decoders;
-mod dns;
+pub(crate) mod dns;
 mod every;
 mod first;
-mod lab;
+pub(crate) mod lab;
 pub(crate) mod laws;
 mod limits;
 mod owes;

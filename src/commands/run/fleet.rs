@@ -2,7 +2,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -13,7 +12,7 @@ use tracing::{info, warn};
 use super::pathways::Keeping;
 use super::plan::{Difference, Spec, Specs};
 use super::relay::{Relay, World};
-use crate::config::{self, Configuration, Diagnostics};
+use crate::config::{Configuration, Diagnostics, Origin};
 use crate::model::{Mark, Pathway};
 use crate::pathway;
 use crate::runtime_dir::Attempt;
@@ -28,6 +27,8 @@ const LOCK_LIMIT: Duration = Duration::from_secs(30);
 pub(super) enum Selection {
     /// Those of instances.tsv, whatever they are.
     All,
+    /// Those of flags or a JSON file, whatever they are.
+    Standalone,
     /// These, as far as they are in instances.tsv.
     Named(Vec<String>),
 }
@@ -66,7 +67,7 @@ pub(super) struct Fleet {
     pub(super) selection: Selection,
     pub(super) world: Rc<World>,
     pub(super) supervisor: RefCell<Supervisor<Relay>>,
-    directory: PathBuf,
+    origin: Origin,
     /// What the counts of repairs are published under, where this process manages its pathways.
     manage_pathways: Option<String>,
     keeping: RefCell<Option<Keeping>>,
@@ -83,7 +84,7 @@ impl Fleet {
     pub(super) fn new(
         selection: Selection,
         world: Rc<World>,
-        directory: PathBuf,
+        origin: Origin,
         manage_pathways: Option<String>,
     ) -> Self {
         let specs = specs(&selection, &world.configuration.borrow());
@@ -92,7 +93,7 @@ impl Fleet {
             selection,
             world,
             supervisor: RefCell::default(),
-            directory,
+            origin,
             manage_pathways,
             keeping: RefCell::default(),
             specs: RefCell::new(specs),
@@ -180,7 +181,7 @@ impl Fleet {
 
     async fn apply(&self) -> Result<Changes, ReloadError> {
         let before = Rc::clone(&self.world.configuration.borrow());
-        let after = Rc::new(config::load(&self.directory)?);
+        let after = Rc::new(self.origin.load()?);
         let wanted = specs(&self.selection, &after);
         let present = self.specs.borrow().clone();
         let difference = Difference::between(&present, &wanted);
@@ -223,17 +224,8 @@ impl Fleet {
             replace,
             ..
         } = difference;
-        // an address that goes from one instance to another keeps its sockets
         for name in stop.iter().chain(replace) {
-            let Some(relay) = self.supervisor.borrow().task(name) else {
-                continue;
-            };
-            match relay.server.listeners() {
-                Ok(listeners) => listeners
-                    .into_iter()
-                    .for_each(|listener| self.world.offer(listener)),
-                Err(error) => warn!(%error, instance = name, "cannot keep its listening sockets"),
-            }
+            self.offer_sockets_of(name, changes);
         }
         for name in stop.iter().chain(replace) {
             systemd::forget(name);
@@ -251,6 +243,35 @@ impl Fleet {
         changes.stopped = stop.clone();
         changes.changed = set.iter().chain(replace).cloned().collect();
         changes.failing = self.failing();
+    }
+
+    /// An address that goes from one relay to another keeps its sockets. Others are not kept for a moment:
+    /// what came to them after the relay has closed its own would be lost.
+    fn offer_sockets_of(&self, name: &str, changes: &mut Changes) {
+        let Some(relay) = self.supervisor.borrow().task(name) else {
+            return;
+        };
+        let place = (relay.instance.options.protocol, relay.instance.listen.get());
+        let specs = self.specs.borrow();
+        let next = specs.values().map(|spec| &spec.instance);
+        let mut next = next.filter(|next| (next.options.protocol, next.listen.get()) == place);
+        let Some(next) = next.next() else { return };
+        match relay.server.listeners() {
+            Ok(listeners) => {
+                let wanted = self.world.listeners_of(next).get();
+                if listeners.len() > wanted {
+                    changes.notes.push(format!(
+                        "{}: keeps {} listeners until it is stopped and started: to close one could refuse a connection",
+                        next.name,
+                        listeners.len()
+                    ));
+                }
+                for listener in listeners {
+                    self.world.offer(listener);
+                }
+            }
+            Err(error) => warn!(%error, instance = name, "cannot keep its listening sockets"),
+        }
     }
 
     /// Has a relay treat new connections by its new line, on the sockets it has.
@@ -319,7 +340,7 @@ impl Fleet {
                     .runtime_dir
                     .try_lock(&super::relay::lock_name(name))
             };
-            instance.mark == mark
+            instance.mark == Some(mark)
                 && self.supervisor.borrow().task(name).is_none()
                 && matches!(held(), Ok(Attempt::HeldBy(pid)) if pid != Some(std::process::id()))
         })
@@ -408,7 +429,7 @@ fn specs(selection: &Selection, configuration: &Configuration) -> Specs {
         .instances
         .iter()
         .filter(|instance| match selection {
-            Selection::All => true,
+            Selection::All | Selection::Standalone => true,
             Selection::Named(names) => names.iter().any(|name| name == instance.name.as_str()),
         })
         .map(|instance| {
@@ -423,7 +444,10 @@ fn specs(selection: &Selection, configuration: &Configuration) -> Specs {
 
 /// The pathways that instances use, in the order of the file.
 fn used(configuration: &Configuration, specs: &Specs) -> Vec<Pathway> {
-    let marks: BTreeSet<Mark> = specs.values().map(|spec| spec.instance.mark).collect();
+    let marks: BTreeSet<Mark> = specs
+        .values()
+        .filter_map(|spec| spec.instance.mark)
+        .collect();
     let pathways = configuration.pathways.iter();
     pathways
         .filter(|pathway| marks.contains(&pathway.mark))

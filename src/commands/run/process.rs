@@ -13,6 +13,8 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{debug, error, info};
 
+use super::Patience;
+use super::diagnosis;
 use super::ending::Ending;
 use super::fleet::Fleet;
 use super::handler::Handler;
@@ -23,6 +25,7 @@ use super::view::View;
 use crate::cli::RunArgs;
 use crate::commands::files::{self, Watch};
 use crate::control::{client, server};
+use crate::doctor::Asker;
 use crate::runtime_dir::Lock;
 use crate::systemd;
 
@@ -31,8 +34,11 @@ const STILL_STARTING: Duration = Duration::from_secs(10);
 
 /// A process that runs relays.
 pub(super) struct Process {
+    /// For the commands that a diagnosis prints.
+    pub(super) asker: Asker,
     pub(super) fleet: Rc<Fleet>,
     pub(super) args: RunArgs,
+    pub(super) patience: Patience,
     pub(super) program: PathBuf,
     /// Of its lock and its control socket.
     pub(super) name: String,
@@ -95,7 +101,11 @@ impl Process {
         let failing = self.fleet.failing();
         let all = self.fleet.statuses().len();
         let lost = failing.keys().any(|name| self.inherited.contains(name));
-        if lost || (all > 0 && failing.len() == all) {
+        let hopeless = match self.patience {
+            Patience::Retry => failing.len() == all,
+            Patience::GiveUp => !failing.is_empty(),
+        };
+        if lost || (all > 0 && hopeless) {
             let reasons: Vec<_> = failing
                 .iter()
                 .map(|(name, reason)| format!("instance {name}: {reason}"))
@@ -146,7 +156,10 @@ impl Process {
         }
         let watchdog = systemd::watchdog_interval()
             .map(|every| tokio::task::spawn_local(keep_watchdog(Rc::clone(&self.fleet), every)));
+        let diagnosing =
+            tokio::task::spawn_local(diagnosis::watch(Rc::clone(&self.fleet), self.asker.clone()));
         let stop = self.look_after(&mut signals, &mut stopped).await?;
+        diagnosing.abort();
         if let Some(metrics) = metrics {
             metrics.abort();
         }
@@ -228,7 +241,14 @@ impl Process {
                 }
             };
             match event {
-                Event::Changed => fleet.report(),
+                Event::Changed => {
+                    fleet.report();
+                    if self.patience == Patience::GiveUp
+                        && let Some((name, reason)) = fleet.failing().first_key_value()
+                    {
+                        bail!("{name}: {reason}");
+                    }
+                }
                 Event::Signal(name) => return Ok(Stop::Signal(name)),
                 Event::Stop(stop) => return Ok(stop),
                 Event::Tick => {

@@ -89,7 +89,9 @@ impl World {
     }
 
     /// Refuses where a reply would never find its way back: such a relay only times out.
-    pub(super) async fn in_place(&self, mark: Mark) -> anyhow::Result<()> {
+    pub(super) async fn in_place(&self, mark: Option<Mark>) -> anyhow::Result<()> {
+        // without a mark the way back is the host's own affair
+        let Some(mark) = mark else { return Ok(()) };
         let configuration = Rc::clone(&self.configuration.borrow());
         // those that start at the same time wait here for the first one's look
         let mut look = self.look.lock().await;
@@ -111,7 +113,8 @@ impl World {
         }
     }
 
-    fn listeners_of(&self, instance: &Instance) -> NonZeroUsize {
+    /// How many sockets it is to listen on.
+    pub(super) fn listeners_of(&self, instance: &Instance) -> NonZeroUsize {
         let asked = instance.options.listeners.map(NonZeroUsize::try_from);
         if let Some(Ok(count)) = asked {
             return count;
@@ -169,19 +172,14 @@ impl Relay {
         let offered = world.offered.borrow_mut().remove(&place);
         let count = world.listeners_of(&instance);
         let sockets = match offered {
-            Some(sockets) if sockets.len() > count.get() => {
-                // nobody would accept what comes to those that go, as long as systemd keeps them
-                systemd::forget(name);
-                as_many_as(sockets, &instance, count)
-            }
-            Some(sockets) => as_many_as(sockets, &instance, count),
+            Some(sockets) => at_least(sockets, &instance, count),
             None => bind(&instance, count)?,
         };
         let listeners = sockets.len();
         systemd::store(name, &sockets);
         let server = Server::start(&world.workers, sockets, &instance, allow)?;
         info!(
-            instance = %instance.name, listen = %instance.listen, mark = %instance.mark,
+            instance = %instance.name, listen = %instance.listen, mark = instance.mark.map(tracing::field::display),
             target4 = instance.target4.map(tracing::field::display),
             target6 = instance.target6.map(tracing::field::display),
             workers = world.workers.count(), listeners, "relaying"
@@ -211,14 +209,13 @@ fn bind(instance: &Instance, count: NonZeroUsize) -> anyhow::Result<Vec<Listenin
     Ok(sockets)
 }
 
-/// Makes what was passed the right number: more of the same address, or fewer.
-fn as_many_as(
+/// Adds to what was passed until it is as many. None is closed: the kernel may just have completed a
+/// connection for it.
+fn at_least(
     mut sockets: Vec<Listening>,
     instance: &Instance,
     count: NonZeroUsize,
 ) -> Vec<Listening> {
-    // whoever had them before takes what waits in those that go
-    sockets.truncate(count.get());
     while sockets.len() < count.get() {
         match sockets[0].another() {
             Ok(socket) => sockets.push(socket),

@@ -192,7 +192,7 @@ pub(crate) fn settings(targets: &[SocketAddr]) -> Settings {
     };
     Settings {
         name: "test".parse().expect("a name"),
-        mark: Mark::new(MARK).expect("a mark"),
+        mark: Mark::new(MARK),
         target4: target(false),
         target6: target(true),
         allow: allow(&["0.0.0.0/0", "::/0"]),
