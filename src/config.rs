@@ -330,7 +330,7 @@ fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
             .map(IpNet::from);
         pathway.targets.extend(targets);
         let udp = instances.iter().filter(|instance| {
-            instance.mark == pathway.mark && instance.options.protocol == Protocol::Udp
+            instance.mark == Some(pathway.mark) && instance.options.protocol == Protocol::Udp
         });
         pathway
             .udp

@@ -104,6 +104,7 @@ fn global(verbosity: u8, runtime_dir: Option<&Path>) -> Global {
         log_format: LogFormat::Auto,
         verbose: verbosity,
         firewall: Firewall::default(),
+        set_sysctls: false,
         quiet: false,
     }
 }

@@ -282,6 +282,15 @@ pub(super) struct Means {
 }
 
 impl Means {
+    /// Whatever is installed; no sysctl is touched.
+    pub(super) fn installed() -> Self {
+        Self {
+            firewall: Firewall::default(),
+            set_sysctls: false,
+            runtime_dir: None,
+        }
+    }
+
     pub(super) fn of(options: &Options) -> Self {
         Self {
             firewall: options.firewall,
