@@ -184,7 +184,7 @@ fn instance_table(instances: &[Instance]) -> String {
         let target = |family| {
             instance
                 .target(family)
-                .map_or_else(|| "-".to_owned(), |target| target.to_string())
+                .map_or_else(|| "-".to_owned(), |target| instance.target_text(target))
         };
         table.add_row([
             instance.name.to_string(),

@@ -75,6 +75,9 @@ fn block(one: &Connection) -> String {
         "instance",
         &format!("{}, pathway mark {}", one.instance, one.mark),
     );
+    if let Some(port) = one.port {
+        line("port", &port.to_string());
+    }
     let header = one
         .header
         .map(|version| format!(", PROXY v{version}"))

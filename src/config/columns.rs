@@ -2,12 +2,11 @@
 //! one bad cell does not hide the next.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::num::NonZeroU16;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, de};
 
-use crate::model::{InstanceName, ListenAddr, Mark, ValueError};
+use crate::model::{InstanceName, Listen, Mark, PortRange, ValueError};
 
 /// The names of the columns, in their order.
 pub(super) const NAMES: [&str; 7] = [
@@ -33,9 +32,9 @@ pub(super) const REQUIRED: usize = OPTIONS;
 pub(super) const EXPECTED: [&str; 7] = [
     "a name such as vps01-ssh",
     "the mark of a pathway, as in pathways.conf",
-    "an address and a port such as 100.64.0.1:2222",
+    "an address and a port such as 100.64.0.1:2222, or unix:/run/mmproxy/web.sock",
     "an IPv4 address such as 127.0.0.1, or - where IPv4 is not served",
-    "a port from 1 to 65535",
+    "a port from 1 to 65535, or a range such as 10000-10999",
     "an IPv6 address such as ::1, or - where IPv6 is not served",
     "key=value words",
 ];
@@ -48,11 +47,11 @@ pub(super) struct Row {
     #[serde(default)]
     pub(super) fwmark: Option<Tried<Mark>>,
     #[serde(default)]
-    pub(super) listen_addr: Option<Tried<ListenAddr>>,
+    pub(super) listen_addr: Option<Tried<Listen>>,
     #[serde(default)]
     pub(super) target_ipv4: Option<Tried<Target<Ipv4Addr>>>,
     #[serde(default)]
-    pub(super) target_port: Option<Tried<Port>>,
+    pub(super) target_port: Option<Tried<PortRange>>,
     #[serde(default)]
     pub(super) target_ipv6: Option<Tried<Target<Ipv6Addr>>>,
 }
@@ -76,22 +75,6 @@ impl<'de, T: FromStr<Err = ValueError>> Deserialize<'de> for Tried<T> {
             }
         }
         from.deserialize_str(Text(std::marker::PhantomData))
-    }
-}
-
-/// A port of a service.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Port(pub(super) NonZeroU16);
-
-impl FromStr for Port {
-    type Err = ValueError;
-
-    fn from_str(text: &str) -> Result<Self, ValueError> {
-        text.parse()
-            .ok()
-            .filter(|_| !text.starts_with('+'))
-            .map(Self)
-            .ok_or_else(|| ValueError::new(format!("'{text}' is not a port"), EXPECTED[PORT]))
     }
 }
 

@@ -11,7 +11,7 @@ use super::columns::{self, NAMES, REQUIRED, Row, Target, Tried};
 use super::diagnostics::{Diagnostic, Diagnostics};
 use super::instance_options;
 use super::source::{Source, Word};
-use crate::model::{Instance, InstanceName, ListenAddr, Mark, Protocol};
+use crate::model::{Instance, InstanceName, Listen, Mark, PortRange, Protocol, TargetPorts};
 
 const WHAT_A_LINE_HAS: &str =
     "name, fwmark, listen_addr, target_ipv4, target_port, target_ipv6 and at most options";
@@ -21,7 +21,7 @@ const WHAT_A_LINE_HAS: &str =
 pub(super) struct Line<'s> {
     pub(super) name: Option<(InstanceName, Word<'s>)>,
     pub(super) mark: Option<(Mark, Word<'s>)>,
-    pub(super) listen: Option<(ListenAddr, Word<'s>)>,
+    pub(super) listen: Option<(Listen, Word<'s>)>,
     pub(super) protocol: Protocol,
     /// The allow list of its own, as written.
     pub(super) allow: Option<(PathBuf, Word<'s>)>,
@@ -234,13 +234,18 @@ impl<'s> Cells<'s> {
             .filter(|cell| !cell.text.is_empty());
         let (options, allow) = instance_options::parse(self.source, cell, found);
 
+        let place = listen.as_ref().map(|(listen, word)| (listen, *word));
+        let target_ports = self.target_ports(place, port, found);
+        if let Some((listen, word)) = place {
+            instance_options::check_listen(self.source, (listen, word), cell, &options, found);
+        }
         let complete = found.errors() == before && self.cells.len() >= REQUIRED;
         let instance = complete.then_some(()).and_then(|()| {
-            let port = port.as_ref()?.0.0.get();
+            let port = port?.0.first();
             Some(Instance {
                 name: name.clone()?.0,
                 mark: mark?.0,
-                listen: listen?.0,
+                listen: listen.clone()?.0,
                 target4: match target4?.0 {
                     Target::Served(addr) => Some(SocketAddrV4::new(addr, port)),
                     Target::NotServed => None,
@@ -249,6 +254,7 @@ impl<'s> Cells<'s> {
                     Target::Served(addr) => Some(SocketAddrV6::new(addr, port, 0, 0)),
                     Target::NotServed => None,
                 },
+                target_ports: target_ports?,
                 options: options.clone(),
             })
         });
@@ -262,6 +268,39 @@ impl<'s> Cells<'s> {
             target6_word: target6.map(|(_, word)| word),
             instance,
         }
+    }
+
+    /// How the ports of the listener go with those of the targets.
+    fn target_ports(
+        &self,
+        listen: Option<(&Listen, Word<'s>)>,
+        port: Option<(PortRange, Word<'s>)>,
+        found: &mut Diagnostics,
+    ) -> Option<TargetPorts> {
+        let ((listen, listen_word), (targets, word)) = (listen?, port?);
+        if targets.count() == 1 {
+            return Some(TargetPorts::One);
+        }
+        let count = listen.ports().map(|range| range.ports().count());
+        if count == Some(targets.count()) {
+            return Some(TargetPorts::Parallel);
+        }
+        let listens = match count {
+            None => "a Unix socket has no ports".to_owned(),
+            Some(1) => "there is one port to listen on".to_owned(),
+            Some(many) => format!("there are {many} ports to listen on"),
+        };
+        let expected = match count {
+            Some(many @ 2..) => format!("one port, or a range of {many}"),
+            _ => "one port".to_owned(),
+        };
+        let complaint = Diagnostic::error(
+            self.source.position(word),
+            format!("{} target ports, and {listens}", targets.count()),
+            expected,
+        );
+        found.push(complaint.with(&self.source.position(listen_word), "the listen address"));
+        None
     }
 
     /// A column's value and place; an empty cell is a mistake, a missing one has been complained about.

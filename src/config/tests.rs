@@ -998,3 +998,88 @@ fn routing_needs_neither_file() {
     fs::write(dir.path().join(PATHWAYS), "2\n").unwrap();
     assert_eq!(load_pathways(dir.path()).unwrap_err().errors(), 1);
 }
+
+#[test]
+fn ranges_of_ports() {
+    for (lines, expected) in [
+        // the same length, one port, and two ranges side by side
+        (
+            "a\t1\t192.0.2.9:10000-10999\t127.0.0.1\t20000-20999\t::1\n",
+            str![],
+        ),
+        ("a\t1\t192.0.2.9:10000-10999\t127.0.0.1\t22\t::1\n", str![]),
+    ] {
+        assert_data_eq!(said_of_instances(lines), expected);
+    }
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t192.0.2.9:10000-10999\t127.0.0.1\t22\t-\n\
+             b\t1\t192.0.2.9:11000\t127.0.0.1\t22\t-\n\
+             c\t1\t192.0.2.9:10999-11005\t127.0.0.1\t22\t-\n"
+        ),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t[fd00::1]:1-9\t127.0.0.1\t22\t-\n\
+             b\t1\t[fd00::1]:1-9\t127.0.0.1\t22\t-\tprotocol=udp\n\
+             c\t1\t[::]:9-20\t127.0.0.1\t22\t-\n"
+        ),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:10-19\t127.0.0.1\t20-28\t-\n"),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:10\t127.0.0.1\t20-28\t-\n"),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:19-10\t127.0.0.1\t28-20\t-\n"),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t127.0.0.1:10-19\t127.0.0.1\t15\t-\n\
+             b\t1\t127.0.0.1:20-29\t127.0.0.1\t10-19\t-\n"
+        ),
+        str![]
+    );
+}
+
+#[test]
+fn unix_sockets() {
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\tunix:/run/a.sock\t127.0.0.1\t22\t-\tsocket-mode=0660,socket-owner=:haproxy\n"
+        ),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\tunix:/run/a.sock\t127.0.0.1\t22\t-\n\
+             b\t1\tunix:/run/a.sock\t127.0.0.1\t23\t-\n"
+        ),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\tunix:@a\t127.0.0.1\t22\t-\n"),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\tunix:/run/a.sock\t127.0.0.1\t22-23\t-\n"),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\tunix:/run/a.sock\t127.0.0.1\t22\t-\tprotocol=udp,listeners=2\n"),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t192.0.2.9:10\t127.0.0.1\t22\t-\tsocket-mode=660\n\
+             b\t1\tunix:/run/b.sock\t127.0.0.1\t22\t-\tsocket-mode=rw,socket-owner=a:b:c\n"
+        ),
+        str![]
+    );
+}

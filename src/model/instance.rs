@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::duration::{self, Written};
-use super::{Family, ListenAddr, Mark, TargetAddr, ValueError};
+use super::{Family, Listen, Mark, PortRange, SocketMode, SocketOwner, TargetAddr, ValueError};
 
 /// The name of an instance: `[A-Za-z0-9][A-Za-z0-9._-]*`, which systemd can carry as `mmproxy@NAME`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -191,6 +191,12 @@ pub struct InstanceOptions {
     pub max_flows: Option<NonZeroU32>,
     /// `max-flows-per-proxy=`: of these, how many from one proxy address; three quarters unless said.
     pub max_flows_per_proxy: Option<NonZeroU32>,
+    /// `socket-mode=`: the permissions of a Unix socket's file; [`SocketMode::DEFAULT`] unless said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_mode: Option<SocketMode>,
+    /// `socket-owner=`: whom a Unix socket's file is given to; stays with the process's user unless said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_owner: Option<SocketOwner>,
 }
 
 impl InstanceOptions {
@@ -220,6 +226,8 @@ impl InstanceOptions {
             max_connections: None,
             max_flows: None,
             max_flows_per_proxy: None,
+            socket_mode: None,
+            socket_owner: None,
         }
     }
 }
@@ -239,6 +247,8 @@ impl fmt::Display for InstanceOptions {
             max_connections,
             max_flows,
             max_flows_per_proxy,
+            socket_mode,
+            socket_owner,
         } = self;
         let default = Self::defaults(*protocol);
         let mut words = Vec::new();
@@ -275,8 +285,25 @@ impl fmt::Display for InstanceOptions {
         if let Some(count) = max_flows_per_proxy {
             words.push(format!("max-flows-per-proxy={count}"));
         }
+        if let Some(mode) = socket_mode {
+            words.push(format!("socket-mode={mode}"));
+        }
+        if let Some(owner) = socket_owner {
+            words.push(format!("socket-owner={owner}"));
+        }
         f.write_str(&words.join(","))
     }
+}
+
+/// Which port of its target a connection goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TargetPorts {
+    /// The target's one port, whichever port it came to.
+    #[default]
+    One,
+    /// The port at the same place in the target's range as the one it came to in the listener's.
+    Parallel,
 }
 
 /// One relay, as configured. At least one target is there.
@@ -287,17 +314,37 @@ pub struct Instance {
     /// The mark of its pathway.
     pub mark: Mark,
     /// Where it accepts.
-    pub listen: ListenAddr,
-    /// The target of IPv4 clients.
+    pub listen: Listen,
+    /// The target of IPv4 clients; of a range of ports the first.
     pub target4: Option<SocketAddrV4>,
-    /// The target of IPv6 clients.
+    /// The target of IPv6 clients; of a range of ports the first.
     pub target6: Option<SocketAddrV6>,
+    /// Which of the targets' ports a connection goes to.
+    pub target_ports: TargetPorts,
     /// Everything else.
     pub options: InstanceOptions,
 }
 
 impl Instance {
-    /// The target of clients of a family, or `None` where that family is not served.
+    /// How a target with its ports is written.
+    pub fn target_text(&self, target: TargetAddr) -> String {
+        match self.target_port_range(target) {
+            Some(ports) if ports.count() > 1 => format!("{target}-{}", ports.last()),
+            _ => target.to_string(),
+        }
+    }
+
+    /// The ports of one of its targets; `None` where the target has port 0.
+    pub fn target_port_range(&self, target: TargetAddr) -> Option<PortRange> {
+        let more = match (self.target_ports, self.listen.ports()) {
+            (TargetPorts::Parallel, Some(range)) => range.last() - range.first().port(),
+            _ => 0,
+        };
+        PortRange::new(target.port(), target.port().saturating_add(more))
+    }
+
+    /// The target of clients of a family, or `None` where that family is not served. Of a range of ports
+    /// with the first.
     pub fn target(&self, family: Family) -> Option<TargetAddr> {
         match family {
             Family::V4 => self.target4.map(SocketAddr::V4),

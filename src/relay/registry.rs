@@ -80,6 +80,24 @@ impl Packed {
     fn get(self) -> SocketAddr {
         SocketAddr::new(IpAddr::from(self.ip).to_canonical(), self.port)
     }
+
+    /// A process of this host is its pid in `::/96` at port 0, where no TCP peer ever is.
+    fn of_proxy(proxy: ProxyAddr) -> Self {
+        match proxy {
+            ProxyAddr::Inet(addr) => Self::new(addr),
+            ProxyAddr::Local(pid) => Self {
+                ip: u128::from(pid).to_be_bytes(),
+                port: 0,
+            },
+        }
+    }
+
+    fn proxy(self) -> ProxyAddr {
+        match u32::try_from(u128::from_be_bytes(self.ip)) {
+            Ok(pid) if self.port == 0 => ProxyAddr::Local(pid),
+            _ => ProxyAddr::new(self.get()),
+        }
+    }
 }
 
 /// What is known about one connection. Small on purpose: with its counts, an `Rc` of it fits the
@@ -95,6 +113,8 @@ pub(super) struct Entry {
     accepted: Moment,
     moved: Cell<Moment>,
     sent: OnceCell<Box<Sent>>,
+    /// At which it was accepted; 0 on a Unix socket.
+    port: u16,
     /// Where it stands in the registry's list.
     slot: Cell<u32>,
     /// The port of the socket towards the service; 0 as long as there is none.
@@ -115,11 +135,16 @@ struct Sent {
 impl Entry {
     /// Where it goes, once the client is known.
     pub(super) fn target(&self) -> Option<TargetAddr> {
-        self.settings.target(self.client()?.family())
+        self.settings.target_at(self.client()?.family(), self.port)
     }
 
     pub(super) fn proxy(&self) -> ProxyAddr {
-        ProxyAddr::new(self.proxy.get())
+        self.proxy.proxy()
+    }
+
+    /// The port at which it was accepted; 0 on a Unix socket.
+    pub(super) fn port(&self) -> u16 {
+        self.port
     }
 
     /// The client, where the header named one already.
@@ -200,7 +225,8 @@ impl Entry {
             mark: settings.mark.get(),
             stage: self.stage.get(),
             client: client.map(ClientAddr::get),
-            proxy: self.proxy.get(),
+            proxy: self.proxy(),
+            port: (self.port != 0).then_some(self.port),
             local,
             target: self.target().map(TargetAddr::get),
             age_ms: now.since(self.accepted),
@@ -323,14 +349,15 @@ impl Default for Registry {
 
 impl Registry {
     /// A connection was accepted.
-    pub(super) fn enter(&self, proxy: ProxyAddr, settings: Arc<Settings>) -> Rc<Entry> {
+    pub(super) fn enter(&self, proxy: ProxyAddr, port: u16, settings: Arc<Settings>) -> Rc<Entry> {
         let mut open = self.open.borrow_mut();
         let number = self.next.get();
         self.next.set(number.wrapping_add(1));
         let now = Moment::now();
         let entry = Rc::new(Entry {
             settings,
-            proxy: Packed::new(proxy.get()),
+            proxy: Packed::of_proxy(proxy),
+            port,
             client: Cell::new(Packed::NONE),
             bytes: Cell::new((0, 0)),
             accepted: now,
@@ -437,6 +464,20 @@ mod tests {
         ] {
             let addr: SocketAddr = text.parse().unwrap();
             assert_eq!(Packed::new(addr).get(), addr);
+        }
+    }
+
+    #[test]
+    fn packed_proxies_come_out_as_they_were() {
+        for text in [
+            "192.0.2.7:1",
+            "[::1]:1",
+            "[2001:db8::7]:40000",
+            "unix:0",
+            "unix:4711",
+        ] {
+            let proxy: ProxyAddr = text.parse().unwrap();
+            assert_eq!(Packed::of_proxy(proxy).proxy(), proxy);
         }
     }
 

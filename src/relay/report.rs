@@ -22,7 +22,8 @@ use super::settings::Settings;
 use super::udp::counters::Dropped;
 use super::view::Reason;
 use super::worker::{Conn, Worker};
-use crate::model::{ClientAddr, Family, Mark, ProxyAddr, TargetAddr};
+use crate::model::{ClientAddr, Endpoint, Family, Mark, ProxyAddr, TargetAddr};
+use crate::socket::stream::StreamListener;
 use crate::socket::udp::{Bound, udp_bound};
 use crate::socket::{Failure, SpoofError};
 
@@ -51,7 +52,7 @@ pub struct LastError {
     /// Seconds since 1970.
     pub at: u64,
     /// The proxy's address.
-    pub proxy: SocketAddr,
+    pub proxy: ProxyAddr,
     /// The client's, where it was known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<SocketAddr>,
@@ -142,7 +143,7 @@ impl Limiter {
                     at: SystemTime::now()
                         .duration_since(UNIX_EPOCH)
                         .map_or(0, |since| since.as_secs()),
-                    proxy: proxy.get(),
+                    proxy,
                     client: client.map(ClientAddr::get),
                     message: message.to_string(),
                 })
@@ -177,12 +178,15 @@ impl Limiter {
     /// One line about a listener that cannot accept for now.
     pub(super) fn warn_about_listener(
         &self,
-        listener: &tokio::net::TcpListener,
+        listener: &StreamListener,
         message: &dyn fmt::Display,
     ) {
-        let addr = listener.local_addr().ok();
-        let about = addr.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |addr| addr.ip());
-        let listen = addr.map(display);
+        let endpoint = listener.endpoint().ok();
+        let about = match &endpoint {
+            Some(Endpoint::Inet(addr)) => addr.ip(),
+            _ => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        };
+        let listen = endpoint.map(display);
         if let Admission::Say(more) = self.admit(Subject::AcceptPaused, about, Instant::now()) {
             warn!(listen, "{message}{}", AndMore(more));
         }

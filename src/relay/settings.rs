@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::model::{
     AllowList, Family, Instance, InstanceName, InstanceOptions, Mark, PortPolicy, TargetAddr,
+    TargetPorts,
 };
 
 /// How one relay treats its connections.
@@ -19,7 +20,11 @@ pub struct Settings {
     pub target4: Option<TargetAddr>,
     /// Where IPv6 clients go; `None` refuses them.
     pub target6: Option<TargetAddr>,
-    /// The proxies that are believed.
+    /// Where a range of ports is listened on and each goes to a port of its own: the first of the listener's,
+    /// which stands for the targets' ports as they are here.
+    pub first_port: Option<u16>,
+    /// The proxies that are believed; not asked about a process behind a Unix socket, whose file's permissions
+    /// let it in.
     pub allow: Arc<AllowList>,
     /// How long a proxy may take to send its header.
     pub header_timeout: Duration,
@@ -55,6 +60,10 @@ impl Settings {
             mark: instance.mark,
             target4: instance.target(Family::V4),
             target6: instance.target(Family::V6),
+            first_port: match instance.target_ports {
+                TargetPorts::One => None,
+                TargetPorts::Parallel => instance.listen.ports().map(|range| range.first().port()),
+            },
             allow,
             header_timeout,
             connect_timeout,
@@ -65,7 +74,19 @@ impl Settings {
         }
     }
 
-    /// Where clients of a family go.
+    /// Where clients of a family go that came to this port.
+    pub fn target_at(&self, family: Family, port: u16) -> Option<TargetAddr> {
+        let target = self.target(family)?;
+        let Some(first) = self.first_port else {
+            return Some(target);
+        };
+        let mut addr = target.get();
+        // both ranges are of one length and end within the ports there are
+        addr.set_port(addr.port().saturating_add(port.saturating_sub(first)));
+        Some(TargetAddr::new(addr))
+    }
+
+    /// Where clients of a family go, of a range of ports with the first.
     pub fn target(&self, family: Family) -> Option<TargetAddr> {
         match family {
             Family::V4 => self.target4,

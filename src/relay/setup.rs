@@ -23,7 +23,7 @@ use super::header::{self, Decoded, Endpoints, HeaderError, Transport};
 use super::report::{self, ConnectError, Subject};
 use super::view::Reason;
 use super::worker::Conn;
-use crate::model::{ClientAddr, TargetAddr};
+use crate::model::{ClientAddr, ProxyAddr, TargetAddr};
 use crate::socket::{self, Spoof, Spoofed};
 
 /// The rest of a set-up that has to wait; `None` when the connection is over.
@@ -54,7 +54,12 @@ enum Verdict {
 
 /// Does everything that needs no wait.
 pub(super) fn begin(conn: &Conn, cx: &mut Context<'_>, mut client: TcpStream) -> Begun {
-    if !conn.settings().allow.allows(conn.entry.proxy().ip()) {
+    // a process that could open the socket's file was let in by its permissions
+    let trusted = match conn.entry.proxy() {
+        ProxyAddr::Inet(addr) => conn.settings().allow.allows(addr.ip()),
+        ProxyAddr::Local(_) => true,
+    };
+    if !trusted {
         refuse(
             conn,
             Refusal::ProxyNotAllowed,
@@ -200,9 +205,16 @@ fn judge(conn: &Conn, received: &[u8]) -> Verdict {
             return Verdict::Refused;
         }
         Ok(Decoded::Complete { header, length }) => {
-            let client = match header.endpoints {
-                Endpoints::Proxied { client, .. } => client,
-                Endpoints::Local => ClientAddr::new(conn.entry.proxy().get()),
+            let client = match (header.endpoints, conn.entry.proxy()) {
+                (Endpoints::Proxied { client, .. }, _) => client,
+                (Endpoints::Local, ProxyAddr::Inet(proxy)) => ClientAddr::new(proxy),
+                // nobody whom the service could be shown, and nothing to be said about every few seconds
+                (Endpoints::Local, proxy @ ProxyAddr::Local(_)) => {
+                    conn.counters.empty.add(1);
+                    conn.entry.ends(Reason::Empty);
+                    debug!(proxy.addr = %proxy, "no client in the header of a proxy on this host: a health check");
+                    return Verdict::Refused;
+                }
             };
             conn.entry.has_header(&header, client);
             (client, &received[length..])
@@ -233,7 +245,7 @@ fn open(conn: &Conn, client: ClientAddr, surplus: &[u8]) -> Option<Opened> {
     if let Some(kind) = client::refusal(client.ip()) {
         return refused(kind);
     }
-    let Some(to) = settings.target(family) else {
+    let Some(to) = settings.target_at(family, conn.entry.port()) else {
         return refused(Refusal::FamilyNotServed);
     };
     let spoofed = socket::spoofed_tcp(&Spoof {

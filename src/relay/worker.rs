@@ -6,7 +6,6 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
 use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -22,6 +21,7 @@ use tracing::{Span, debug, info_span};
 
 use super::copy::{self, End, Pair, Side};
 use super::counters::{Counters, Refusal};
+use super::ports::Ports;
 use super::registry::{Entry, Registry};
 use super::report::{self, LastError, Limiter, Subject};
 use super::settings::Settings;
@@ -31,6 +31,7 @@ use super::view::{Ask, Query, Reason};
 use super::workers::Shared;
 use crate::model::ProxyAddr;
 use crate::socket;
+use crate::socket::stream::{Acceptor, StreamListener};
 
 /// After how many accepts in a row the connections get their turn.
 const ACCEPTS_PER_TURN: u32 = 32;
@@ -50,6 +51,7 @@ pub(super) struct Common {
     pub(super) last_error: Mutex<Option<LastError>>,
     pub(super) limiter: Limiter,
     pub(super) spread: Spread,
+    pub(super) ports: Ports,
 }
 
 /// What the connections of one relay on one thread share.
@@ -116,11 +118,7 @@ impl Worker {
     /// Takes a connection that another worker handed over.
     pub(super) fn take_over(self: &Rc<Self>, accepted: Accepted) {
         self.common.spread.arrived(self.number);
-        let Accepted { socket, peer } = accepted;
-        match TcpStream::from_std(socket) {
-            Ok(client) => adopt(self, client, peer),
-            Err(error) => debug!(proxy.addr = %peer, %error, "cannot watch a connection"),
-        }
+        adopt(self, accepted);
     }
 
     /// Answers questions about this relay's connections on this thread, until nobody can ask any more.
@@ -153,20 +151,22 @@ impl Worker {
 /// Accepts until the listener itself fails; everything else is survived.
 ///
 /// Cancel-safe: a connection is taken off the queue and spawned, or handed over, without a wait between.
-pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io::Error {
-    let listener = match tokio::net::TcpListener::from_std(listener) {
+pub(super) async fn accept_from(worker: Rc<Worker>, listener: Arc<StreamListener>) -> io::Error {
+    let listener = match Acceptor::new(listener) {
         Ok(listener) => listener,
         Err(error) => return error,
     };
+    let port = listener.port();
     let mut in_a_row = 0;
     let mut pause = FIRST_PAUSE;
     loop {
         match listener.accept().await {
-            Ok((client, peer)) => {
+            Ok((socket, peer)) => {
                 pause = FIRST_PAUSE;
+                let accepted = Accepted { socket, peer, port };
                 match worker.common.spread.elsewhere(worker.number) {
-                    None => adopt(&worker, client, peer),
-                    Some(to) => hand_over(&worker, to, client, peer),
+                    None => adopt(&worker, accepted),
+                    Some(to) => hand_over(&worker, to, accepted),
                 }
                 in_a_row += 1;
                 if in_a_row >= ACCEPTS_PER_TURN {
@@ -183,7 +183,7 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: TcpListener) -> io
                     if pause == FIRST_PAUSE {
                         let _named = worker.span.enter();
                         worker.common.limiter.warn_about_listener(
-                            &listener,
+                            listener.listener(),
                             &format_args!("accepting pauses: {error}: raise LimitNOFILE or set max-connections"),
                         );
                     }
@@ -220,27 +220,25 @@ impl Trouble {
 }
 
 /// Gives a connection to another worker, or keeps it where that one drains already.
-fn hand_over(worker: &Rc<Worker>, to: usize, client: TcpStream, peer: SocketAddr) {
-    let kept = match client.into_std() {
-        Ok(socket) => worker.common.spread.send(to, Accepted { socket, peer }),
-        Err(error) => {
-            debug!(proxy.addr = %peer, %error, "cannot hand a connection over");
-            return;
-        }
-    };
-    let Err(Accepted { socket, peer }) = kept else {
-        return;
-    };
-    match TcpStream::from_std(socket) {
-        Ok(client) => adopt(worker, client, peer),
-        Err(error) => debug!(proxy.addr = %peer, %error, "cannot watch a connection"),
+fn hand_over(worker: &Rc<Worker>, to: usize, accepted: Accepted) {
+    if let Err(kept) = worker.common.spread.send(to, accepted) {
+        adopt(worker, kept);
     }
 }
 
-fn adopt(worker: &Rc<Worker>, client: TcpStream, peer: SocketAddr) {
+fn adopt(worker: &Rc<Worker>, accepted: Accepted) {
+    let Accepted { socket, peer, port } = accepted;
+    let client = match TcpStream::from_std(socket) {
+        Ok(client) => client,
+        Err(error) => {
+            debug!(proxy.addr = %peer, %error, "cannot watch a connection");
+            return;
+        }
+    };
+    let proxy = peer;
     worker.counters.accepted.add(1);
-    let proxy = ProxyAddr::new(peer);
-    let Some(live) = Live::new(worker, proxy) else {
+    worker.common.ports.count(port);
+    let Some(live) = Live::new(worker, proxy, port) else {
         worker.counters.refuse(Refusal::TooManyConnections);
         let _named = worker.span.enter();
         report::warn_about(
@@ -283,7 +281,7 @@ impl Deref for Conn {
 struct Live(Conn);
 
 impl Live {
-    fn new(worker: &Rc<Worker>, proxy: ProxyAddr) -> Option<Self> {
+    fn new(worker: &Rc<Worker>, proxy: ProxyAddr, port: u16) -> Option<Self> {
         if !worker.may_open() {
             return None;
         }
@@ -292,7 +290,7 @@ impl Live {
             worker: Rc::clone(worker),
             entry: worker
                 .registry
-                .enter(proxy, worker.common.settings.load_full()),
+                .enter(proxy, port, worker.common.settings.load_full()),
         }))
     }
 }

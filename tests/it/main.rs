@@ -8,6 +8,7 @@ mod chain;
 mod config;
 mod demo;
 mod header;
+mod listen;
 mod manual;
 mod pathway;
 mod probe;

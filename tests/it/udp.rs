@@ -4,7 +4,7 @@ mod cells;
 mod dns;
 mod every;
 mod first;
-mod lab;
+pub(crate) mod lab;
 mod limits;
 mod owes;
 mod packets;

@@ -13,9 +13,10 @@ use tracing::{info, warn};
 use super::plan::{Difference, Spec, Specs};
 use super::relay::{Relay, World};
 use crate::config::{self, Configuration, Diagnostics};
-use crate::model::{Mark, Pathway};
+use crate::model::{Endpoint, Mark, Pathway};
 use crate::pathway;
 use crate::runtime_dir::Attempt;
+use crate::socket::unix::remove_socket_file;
 use crate::supervisor::{State, Status, Supervisor};
 use crate::systemd;
 
@@ -112,8 +113,8 @@ impl Fleet {
         self.tried().await;
         // whatever is left is of instances that are not there or listen elsewhere now
         let left = std::mem::take(&mut *self.world.offered.borrow_mut());
-        for (protocol, addr) in left.keys() {
-            warn!(%protocol, listen = %addr, "a passed listening socket is no instance's: closed");
+        for (protocol, endpoint) in left.keys() {
+            warn!(%protocol, listen = %endpoint, "a passed listening socket is no instance's: closed");
         }
         Ok(())
     }
@@ -237,7 +238,10 @@ impl Fleet {
             self.keep(name);
         }
         self.tried().await;
-        self.world.offered.borrow_mut().clear();
+        let left = std::mem::take(&mut *self.world.offered.borrow_mut());
+        for (_, endpoint) in left.into_keys() {
+            remove_file(&endpoint);
+        }
         changes.started = start.clone();
         changes.stopped = stop.clone();
         changes.changed = set.iter().chain(replace).cloned().collect();
@@ -330,6 +334,23 @@ impl Fleet {
         }
     }
 
+    /// Removes the files of Unix sockets at the process's end; not those that systemd keeps for the next one.
+    pub(super) fn remove_socket_files(&self) {
+        if systemd::stores() {
+            return;
+        }
+        let supervisor = self.supervisor.borrow();
+        for (name, _) in self.statuses() {
+            if let Some(relay) = supervisor.task(&name) {
+                relay
+                    .instance
+                    .listen
+                    .endpoints()
+                    .for_each(|one| remove_file(&one));
+            }
+        }
+    }
+
     /// Removes what [`Fleet::start`] installed, at the process's end.
     pub(super) async fn remove_pathways(&self) {
         if self.manage_pathways {
@@ -381,6 +402,12 @@ impl Fleet {
     /// Whether every relay listened at some time.
     pub(super) fn is_ready(&self) -> bool {
         self.ready.get()
+    }
+}
+
+fn remove_file(endpoint: &Endpoint) {
+    if let Endpoint::Unix(path) = endpoint {
+        remove_socket_file(path);
     }
 }
 

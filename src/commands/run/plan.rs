@@ -51,22 +51,28 @@ impl Difference {
 }
 
 fn same_sockets(before: &Spec, after: &Spec) -> bool {
+    let file = |spec: &Spec| {
+        let options = &spec.instance.options;
+        (options.socket_mode, options.socket_owner.clone())
+    };
     before.instance.listen == after.instance.listen
+        && file(before) == file(after)
         && before.instance.options.protocol == after.instance.options.protocol
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{InstanceOptions, ListenAddr, Protocol, parse_prefix};
+    use crate::model::{InstanceOptions, ListenAddr, Protocol, TargetPorts, parse_prefix};
 
     fn spec(name: &str, port: u16) -> (String, Spec) {
         let instance = Instance {
             name: name.parse().unwrap(),
             mark: "123".parse().unwrap(),
-            listen: ListenAddr::new(([127, 0, 0, 1], port).into()),
+            listen: ListenAddr::new(([127, 0, 0, 1], port).into()).into(),
             target4: Some("127.0.0.1:22".parse().unwrap()),
             target6: None,
+            target_ports: TargetPorts::One,
             options: InstanceOptions::defaults(Protocol::Tcp),
         };
         let allow = Arc::new(AllowList::new([parse_prefix("10.0.0.1").unwrap()]).unwrap());

@@ -33,6 +33,17 @@ impl Packed {
     }
 }
 
+impl Packed {
+    /// With the port of our own beside it. For an address without a scope, whose place it takes.
+    #[inline]
+    fn at(self, port: u16) -> Self {
+        Self {
+            rest: self.rest | u64::from(port) << 16,
+            ..self
+        }
+    }
+}
+
 #[inline]
 fn packed(addr: IpAddr) -> u128 {
     match addr {
@@ -43,7 +54,7 @@ fn packed(addr: IpAddr) -> u128 {
 
 /// What tells a flow from others.
 ///
-/// The proxy's address and port and the address it sent to, always: these are the two ends of the answer.
+/// The proxy's address and port and the address and port it sent to, always: these are the two ends of the answer.
 /// With a header on every datagram its client, too; with Simple Proxy Protocol also the address that the
 /// client sent to, because the answer has to name it. With a header on the first datagram only, the client
 /// is no part of the identity but a property that the next header replaces.
@@ -63,7 +74,7 @@ impl Key {
         Self {
             proxy: Packed::new(path.peer),
             client: Packed::default(),
-            via: Packed::default(),
+            via: Packed::default().at(path.port),
             local: path.local.map_or(0, |local| packed(local.addr)),
         }
     }
@@ -80,7 +91,7 @@ impl Key {
             },
             Client::Spp(header) => Self {
                 client: Packed::new(header.client().get()),
-                via: Packed::new(header.proxy()),
+                via: Packed::new(header.proxy()).at(path.port),
                 ..key
             },
         }
@@ -94,6 +105,8 @@ pub(super) struct Path {
     pub(super) peer: SocketAddr,
     /// Where it sent to; `None` where the listener is bound to one address.
     pub(super) local: Option<Local>,
+    /// The listener's port.
+    pub(super) port: u16,
 }
 
 impl Path {
@@ -231,6 +244,7 @@ mod tests {
                 addr: addr.parse().unwrap(),
                 interface: 0,
             }),
+            port: 53,
         }
     }
 
@@ -247,6 +261,12 @@ mod tests {
         let keys = [
             Key::of_proxy(&here),
             Key::of_client(&here, &named("192.0.2.1:5")),
+            Key::of_proxy(&Path { port: 54, ..here }),
+            Key::of_client(&Path { port: 54, ..here }, &named("192.0.2.1:5")),
+            Key::of_client(
+                &Path { port: 54, ..here },
+                &spp("192.0.2.1:5", "203.0.113.1:53"),
+            ),
             Key::of_client(&here, &named("192.0.2.1:6")),
             Key::of_client(&path("10.0.0.1:2", None), &named("192.0.2.1:5")),
             Key::of_client(&path("10.0.0.2:1", None), &named("192.0.2.1:5")),

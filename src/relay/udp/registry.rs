@@ -385,6 +385,7 @@ mod tests {
         let path = Path {
             peer: proxy.parse().unwrap(),
             local: None,
+            port: 53,
         };
         let client = ClientAddr::new(client.parse().unwrap());
         Route {

@@ -193,6 +193,7 @@ pub(crate) fn settings(targets: &[SocketAddr]) -> Settings {
     Settings {
         name: "test".parse().expect("a name"),
         mark: Mark::new(MARK).expect("a mark"),
+        first_port: None,
         target4: target(false),
         target6: target(true),
         allow: allow(&["0.0.0.0/0", "::/0"]),

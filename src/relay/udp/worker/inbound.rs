@@ -69,6 +69,7 @@ impl Worker {
         let path = Path {
             peer,
             local: control.local,
+            port: self.listeners.get(listener).map_or(0, |one| one.port),
         };
         if !self.allows(&path) {
             return;

@@ -29,7 +29,7 @@ impl Worker {
             self.refuse_client(kind, path, address);
             return None;
         }
-        let Some(target) = self.settings.target(address.family()) else {
+        let Some(target) = self.settings.target_at(address.family(), path.port) else {
             self.refuse_client(Refusal::FamilyNotServed, path, address);
             return None;
         };
@@ -80,6 +80,7 @@ impl Worker {
             }
         }
         self.counters.flows_opened.add(1);
+        self.common.ports.count(flow.route.path.port);
         trace!(
             proxy.addr = %flow.route.path.proxy(), client.addr = %flow.route.client,
             target.addr = %flow.route.target, "flow begins"
