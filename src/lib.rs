@@ -11,6 +11,7 @@
 //! | [`socket`] | every socket option there is | connections |
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
+//! | [`resolve`] | the addresses of targets that are names: resolver, container engine | relays, pathways |
 //! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
 //! | [`control`] | the Unix socket of a running process: framing, limits, who may ask | what a request leads to |
 //! | [`overview`] | what a process says about its instances and connections | how it is shown |
@@ -42,6 +43,7 @@ pub mod model;
 pub mod overview;
 pub mod pathway;
 pub mod relay;
+pub mod resolve;
 pub mod runtime_dir;
 pub mod socket;
 pub mod supervisor;

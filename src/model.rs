@@ -10,6 +10,7 @@ mod duration;
 mod instance;
 mod listen;
 mod pathway;
+mod target;
 
 pub use access::{SocketMode, SocketOwner};
 pub use addr::{ClientAddr, Family, ListenAddr, ProxyAddr, TargetAddr};
@@ -20,6 +21,7 @@ pub use instance::{
 };
 pub use listen::{Endpoint, Listen, ListenRange, PortRange, SocketPath};
 pub use pathway::{ConnmarkMode, Mark, Mask, Pathway, Priority, TableId};
+pub use target::{Answers, NamedTargets, TargetName};
 
 /// Why a text is not a value of the model.
 ///

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::control::messages::{Conns, Request, Response};
-use crate::model::{Family, Instance, Pathway};
+use crate::model::{Instance, Pathway};
 use crate::relay::counters::Totals;
 use crate::relay::ports::Port;
 use crate::relay::report::LastError;
@@ -195,11 +195,7 @@ impl Overview {
                     pathway: pathways.of(instance.mark, subject.pathway.as_ref()),
                     protocol: instance.options.protocol.to_string(),
                     listen: instance.listen.to_string(),
-                    targets: Family::BOTH
-                        .into_iter()
-                        .filter_map(|family| instance.target(family))
-                        .map(|target| instance.target_text(target))
-                        .collect(),
+                    targets: instance.target_texts(),
                     standing: subject.standing.clone(),
                     rates: self.rates.rates(instance.name.as_str(), now, &totals),
                     totals,

@@ -43,6 +43,7 @@ use crate::control::{client, server};
 use crate::relay::counters::Totals;
 use crate::relay::udp::counters as udp;
 use crate::relay::workers::Workers;
+use crate::resolve::Resolver;
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
 use crate::socket;
 use crate::socket::listening::Listening;
@@ -268,6 +269,7 @@ enum Event {
     Reload,
     Tick,
     Files,
+    Names,
     Successor(Successor),
 }
 
@@ -424,6 +426,7 @@ impl Process {
         };
         let mut changed = fleet.supervisor.borrow().subscribe();
         let mut tick = interval(STILL_STARTING);
+        let mut resolved = follow_names(&fleet.resolver);
         fleet.report();
         loop {
             let event = tokio::select! {
@@ -433,6 +436,7 @@ impl Process {
                     name => Event::Signal(name),
                 },
                 Some(successor) = succeeded.recv() => Event::Successor(successor),
+                Some(()) = resolved.recv() => Event::Names,
                 _ = tick.tick(), if !fleet.is_ready() => Event::Tick,
                 Some(told) = option(watch.as_ref().map(Watch::changed)) => {
                     told.context("cannot watch the configuration")?;
@@ -448,6 +452,7 @@ impl Process {
                         u32::try_from(3 * STILL_STARTING.as_micros()).unwrap_or(u32::MAX);
                     systemd::notify(&[NotifyState::ExtendTimeoutUsec(patience)]);
                 }
+                Event::Names => fleet.reresolve().await,
                 // what became of it is in the log
                 Event::Reload => drop(fleet.reload().await),
                 Event::Files => {
@@ -555,6 +560,21 @@ impl Process {
             }),
         )
     }
+}
+
+/// Tells when names of targets have other addresses, for as long as somebody listens.
+fn follow_names(resolver: &Rc<Resolver>) -> mpsc::Receiver<()> {
+    let (tell, told) = mpsc::channel(1);
+    let resolver = Rc::clone(resolver);
+    tokio::task::spawn_local(async move {
+        loop {
+            tokio::select! {
+                () = resolver.changed() => if tell.send(()).await.is_err() { return },
+                () = tell.closed() => return,
+            }
+        }
+    });
+    told
 }
 
 /// Waits for the work at hand; looked at again and again, as the supervisor must not be borrowed over a wait.

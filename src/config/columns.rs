@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, de};
 
-use crate::model::{InstanceName, Listen, Mark, PortRange, ValueError};
+use crate::model::{InstanceName, Listen, Mark, PortRange, TargetName, ValueError};
 
 /// The names of the columns, in their order.
 pub(super) const NAMES: [&str; 7] = [
@@ -33,9 +33,9 @@ pub(super) const EXPECTED: [&str; 7] = [
     "a name such as vps01-ssh",
     "the mark of a pathway, as in pathways.conf",
     "an address and a port such as 100.64.0.1:2222, or unix:/run/mmproxy/web.sock",
-    "an IPv4 address such as 127.0.0.1, or - where IPv4 is not served",
+    "an IPv4 address such as 127.0.0.1, a name, docker:NAME, or - where IPv4 is not served",
     "a port from 1 to 65535, or a range such as 10000-10999",
-    "an IPv6 address such as ::1, or - where IPv6 is not served",
+    "an IPv6 address such as ::1, a name, docker:NAME, or - where IPv6 is not served",
     "key=value words",
 ];
 
@@ -78,10 +78,11 @@ impl<'de, T: FromStr<Err = ValueError>> Deserialize<'de> for Tried<T> {
     }
 }
 
-/// A target's address, or `-`.
-#[derive(Debug, Clone, Copy)]
+/// A target's address or name, or `-`.
+#[derive(Debug, Clone)]
 pub(super) enum Target<A> {
     Served(A),
+    Named(TargetName),
     NotServed,
 }
 
@@ -99,7 +100,8 @@ impl FromStr for Target<Ipv4Addr> {
                 None => Ok(Self::Served(addr)),
             },
             Ok(IpAddr::V6(addr)) => wrong(format!("{addr} is an IPv6 address in the IPv4 column")),
-            Err(_) => wrong(no_address(text, "IPv4")),
+            Err(_) => named(text)
+                .ok_or_else(|| ValueError::new(no_address(text, "IPv4"), EXPECTED[TARGET4])),
         }
     }
 }
@@ -122,7 +124,8 @@ impl FromStr for Target<Ipv6Addr> {
                 None => Ok(Self::Served(addr)),
             },
             Ok(IpAddr::V4(addr)) => wrong(format!("{addr} is an IPv4 address in the IPv6 column")),
-            Err(_) => wrong(no_address(text, "IPv6")),
+            Err(_) => named(text)
+                .ok_or_else(|| ValueError::new(no_address(text, "IPv6"), EXPECTED[TARGET6])),
         }
     }
 }
@@ -148,6 +151,11 @@ fn unusable(addr: IpAddr) -> Option<&'static str> {
     }
 }
 
+/// What is no address and may be a name.
+fn named<A>(text: &str) -> Option<Target<A>> {
+    text.parse().ok().map(Target::Named)
+}
+
 fn no_address(text: &str, family: &str) -> String {
     if text.parse::<std::net::SocketAddr>().is_ok() {
         format!("'{text}' has a port, which belongs in column 5 (target_port)")
@@ -156,6 +164,6 @@ fn no_address(text: &str, family: &str) -> String {
     } else if text.contains('%') {
         format!("'{text}' has a scope: link-local targets are not supported")
     } else {
-        format!("'{text}' is not an {family} address, and names are not looked up")
+        format!("'{text}' is neither an {family} address nor a name")
     }
 }

@@ -11,7 +11,7 @@ use crate::model::{
     InstanceOptions, Listen, PortPolicy, Protocol, UdpHeader, ValueError, parse_duration,
 };
 
-const OPTIONS: [&str; 13] = [
+const OPTIONS: [&str; 14] = [
     "protocol",
     "udp-header",
     "idle-timeout",
@@ -25,6 +25,7 @@ const OPTIONS: [&str; 13] = [
     "max-flows-per-proxy",
     "socket-mode",
     "socket-owner",
+    "resolve",
 ];
 
 /// The most listeners an instance may have: beyond one a core they only cost.
@@ -74,6 +75,7 @@ fn read(source: &Source, given: &Options<'_>, found: &mut Diagnostics) -> Instan
         max_flows_per_proxy: given.value("max-flows-per-proxy", parse_count, found),
         socket_mode: given.value("socket-mode", str::parse, found),
         socket_owner: given.value("socket-owner", str::parse, found),
+        resolve: given.value("resolve", parse_interval, found),
     };
     // with a protocol= that is itself a mistake, which options fit it is anyone's guess
     if protocol.is_some() || given.word("protocol").is_none() {
@@ -173,6 +175,20 @@ fn parse_file(text: &str) -> Result<PathBuf, ValueError> {
         ));
     }
     Ok(PathBuf::from(text))
+}
+
+/// Looking up more often than this only costs.
+const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
+
+fn parse_interval(text: &str) -> Result<Duration, ValueError> {
+    let interval = parse_duration(text)?;
+    if interval < SHORTEST_INTERVAL {
+        return Err(ValueError::new(
+            format!("'{text}' is too short to look names up again"),
+            "1s or more",
+        ));
+    }
+    Ok(interval)
 }
 
 fn parse_listeners(text: &str) -> Result<NonZeroU32, ValueError> {

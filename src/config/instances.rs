@@ -11,7 +11,9 @@ use super::columns::{self, NAMES, REQUIRED, Row, Target, Tried};
 use super::diagnostics::{Diagnostic, Diagnostics};
 use super::instance_options;
 use super::source::{Source, Word};
-use crate::model::{Instance, InstanceName, Listen, Mark, PortRange, Protocol, TargetPorts};
+use crate::model::{
+    Instance, InstanceName, Listen, Mark, NamedTargets, PortRange, Protocol, TargetPorts,
+};
 
 const WHAT_A_LINE_HAS: &str =
     "name, fwmark, listen_addr, target_ipv4, target_port, target_ipv6 and at most options";
@@ -242,18 +244,27 @@ impl<'s> Cells<'s> {
         let complete = found.errors() == before && self.cells.len() >= REQUIRED;
         let instance = complete.then_some(()).and_then(|()| {
             let port = port?.0.first();
+            let (target4, target6) = (target4.as_ref()?, target6.as_ref()?);
+            let mut named = NamedTargets::default();
+            if let Target::Named(name) = &target4.0 {
+                (named.v4, named.port) = (Some(name.clone()), port);
+            }
+            if let Target::Named(name) = &target6.0 {
+                (named.v6, named.port) = (Some(name.clone()), port);
+            }
             Some(Instance {
                 name: name.clone()?.0,
                 mark: mark?.0,
                 listen: listen.clone()?.0,
-                target4: match target4?.0 {
+                target4: match target4.0 {
                     Target::Served(addr) => Some(SocketAddrV4::new(addr, port)),
-                    Target::NotServed => None,
+                    Target::Named(_) | Target::NotServed => None,
                 },
-                target6: match target6?.0 {
+                target6: match target6.0 {
                     Target::Served(addr) => Some(SocketAddrV6::new(addr, port, 0, 0)),
-                    Target::NotServed => None,
+                    Target::Named(_) | Target::NotServed => None,
                 },
+                named,
                 target_ports: target_ports?,
                 options: options.clone(),
             })

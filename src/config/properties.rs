@@ -143,6 +143,7 @@ fn options() -> impl Strategy<Value = InstanceOptions> {
                     max_flows_per_proxy: max_flows_per_proxy.filter(|_| udp),
                     socket_mode: None,
                     socket_owner: None,
+                    resolve: None,
                 }
             },
         )

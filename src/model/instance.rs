@@ -10,7 +10,10 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::duration::{self, Written};
-use super::{Family, Listen, Mark, PortRange, SocketMode, SocketOwner, TargetAddr, ValueError};
+use super::{
+    Answers, Family, Listen, Mark, NamedTargets, PortRange, SocketMode, SocketOwner, TargetAddr,
+    ValueError,
+};
 
 /// The name of an instance: `[A-Za-z0-9][A-Za-z0-9._-]*`, which systemd can carry as `mmproxy@NAME`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -197,6 +200,12 @@ pub struct InstanceOptions {
     /// `socket-owner=`: whom a Unix socket's file is given to; stays with the process's user unless said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket_owner: Option<SocketOwner>,
+    /// `resolve=`: how often targets that are names are looked up again; seconds in JSON.
+    #[serde(
+        serialize_with = "duration::serialize_option",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub resolve: Option<Duration>,
 }
 
 impl InstanceOptions {
@@ -228,6 +237,7 @@ impl InstanceOptions {
             max_flows_per_proxy: None,
             socket_mode: None,
             socket_owner: None,
+            resolve: None,
         }
     }
 }
@@ -249,6 +259,7 @@ impl fmt::Display for InstanceOptions {
             max_flows_per_proxy,
             socket_mode,
             socket_owner,
+            resolve,
         } = self;
         let default = Self::defaults(*protocol);
         let mut words = Vec::new();
@@ -291,6 +302,9 @@ impl fmt::Display for InstanceOptions {
         if let Some(owner) = socket_owner {
             words.push(format!("socket-owner={owner}"));
         }
+        if let Some(interval) = resolve {
+            words.push(format!("resolve={}", Written(*interval)));
+        }
         f.write_str(&words.join(","))
     }
 }
@@ -321,13 +335,40 @@ pub struct Instance {
     pub target6: Option<SocketAddrV6>,
     /// Which of the targets' ports a connection goes to.
     pub target_ports: TargetPorts,
+    /// The targets that are names; their addresses are in `target4` and `target6` once they are known.
+    #[serde(skip_serializing_if = "NamedTargets::is_empty")]
+    pub named: NamedTargets,
     /// Everything else.
     pub options: InstanceOptions,
 }
 
 impl Instance {
+    /// The targets with their ports as people write them, IPv4 first: names with the address they have.
+    pub fn target_texts(&self) -> Vec<String> {
+        let all = Family::BOTH.into_iter();
+        all.filter_map(|family| self.target_of(family)).collect()
+    }
+
+    /// That for clients of one family, or `None` where it is not served.
+    pub fn target_of(&self, family: Family) -> Option<String> {
+        let target = self.target(family);
+        let Some(name) = self.named.of(family) else {
+            return target.map(|target| self.target_text(target));
+        };
+        Some(match target {
+            Some(target) => format!("{name} ({})", self.target_text(target)),
+            None => {
+                let first = SocketAddr::from(([0, 0, 0, 0], self.named.port));
+                match self.target_port_range(TargetAddr::new(first)) {
+                    Some(ports) => format!("{name}:{ports}"),
+                    None => name.to_string(),
+                }
+            }
+        })
+    }
+
     /// How a target with its ports is written.
-    pub fn target_text(&self, target: TargetAddr) -> String {
+    fn target_text(&self, target: TargetAddr) -> String {
         match self.target_port_range(target) {
             Some(ports) if ports.count() > 1 => format!("{target}-{}", ports.last()),
             _ => target.to_string(),
@@ -351,6 +392,24 @@ impl Instance {
             Family::V6 => self.target6.map(SocketAddr::V6),
         }
         .map(TargetAddr::new)
+    }
+
+    /// The same with the addresses that its names have now.
+    pub fn with_answers(&self, answers: &Answers) -> Self {
+        let mut resolved = self.clone();
+        let port = self.named.port;
+        for (name, family) in self.named.wanted() {
+            let addr = answers
+                .of(&name, family)
+                .map(|ip| SocketAddr::new(ip, port));
+            match (family, addr) {
+                (Family::V4, Some(SocketAddr::V4(addr))) => resolved.target4 = Some(addr),
+                (Family::V4, _) => resolved.target4 = None,
+                (Family::V6, Some(SocketAddr::V6(addr))) => resolved.target6 = Some(addr),
+                (Family::V6, _) => resolved.target6 = None,
+            }
+        }
+        resolved
     }
 
     /// Every target there is, IPv4 first.

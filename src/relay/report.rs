@@ -22,7 +22,7 @@ use super::settings::Settings;
 use super::udp::counters::Dropped;
 use super::view::Reason;
 use super::worker::{Conn, Worker};
-use crate::model::{ClientAddr, Endpoint, Family, Mark, ProxyAddr, TargetAddr};
+use crate::model::{ClientAddr, Endpoint, Family, Mark, NamedTargets, ProxyAddr, TargetAddr};
 use crate::socket::stream::StreamListener;
 use crate::socket::udp::{Bound, udp_bound};
 use crate::socket::{Failure, SpoofError};
@@ -318,7 +318,7 @@ pub(super) fn header_timeout(received: &[u8], limit: Duration) -> String {
 }
 
 /// Why a client address is refused.
-pub(super) fn refused_client(refusal: Refusal, family: Family) -> String {
+pub(super) fn refused_client(refusal: Refusal, family: Family, named: &NamedTargets) -> String {
     match refusal {
         Refusal::ClientUnspecified => "refused: the client address is unspecified",
         Refusal::ClientLoopback => {
@@ -330,6 +330,11 @@ pub(super) fn refused_client(refusal: Refusal, family: Family) -> String {
             "refused: the client address is link-local, which means nothing without its interface"
         }
         Refusal::FamilyNotServed => {
+            if let Some(name) = named.of(family) {
+                return format!(
+                    "refused: the target {name} has no {family} address: the log says why it is not resolved"
+                );
+            }
             return format!("refused: the instance has no {family} target for this client");
         }
         other => return format!("refused: {}", other.name()),

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::model::{
-    AllowList, Family, Instance, InstanceName, InstanceOptions, Mark, PortPolicy, TargetAddr,
-    TargetPorts,
+    AllowList, Family, Instance, InstanceName, InstanceOptions, Mark, NamedTargets, PortPolicy,
+    TargetAddr, TargetPorts,
 };
 
 /// How one relay treats its connections.
@@ -20,6 +20,8 @@ pub struct Settings {
     pub target4: Option<TargetAddr>,
     /// Where IPv6 clients go; `None` refuses them.
     pub target6: Option<TargetAddr>,
+    /// The targets that are names, for the message about one that has no address yet.
+    pub named: NamedTargets,
     /// Where a range of ports is listened on and each goes to a port of its own: the first of the listener's,
     /// which stands for the targets' ports as they are here.
     pub first_port: Option<u16>,
@@ -60,6 +62,7 @@ impl Settings {
             mark: instance.mark,
             target4: instance.target(Family::V4),
             target6: instance.target(Family::V6),
+            named: instance.named.clone(),
             first_port: match instance.target_ports {
                 TargetPorts::One => None,
                 TargetPorts::Parallel => instance.listen.ports().map(|range| range.first().port()),

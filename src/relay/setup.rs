@@ -238,7 +238,7 @@ fn open(conn: &Conn, client: ClientAddr, surplus: &[u8]) -> Option<Opened> {
     let family = client.family();
     let began = Instant::now();
     let refused = |kind| {
-        let message = report::refused_client(kind, family);
+        let message = report::refused_client(kind, family, &settings.named);
         refuse(conn, kind, &message);
         None
     };

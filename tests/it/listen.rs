@@ -56,7 +56,7 @@ impl Rig {
     }
 
     fn run_with(&self, words: &str) -> Running {
-        let words = format!("run --all --manage-pathways {words}");
+        let words = format!("-v run --all --manage-pathways {words}");
         let running = self.wks.spawn(self.wks.mmproxyctl(&words));
         wait_for("the relays to be ready", || {
             running.log().contains("INFO ready")
@@ -83,7 +83,7 @@ impl Rig {
 }
 
 /// Announces a client and checks that the echo service answers.
-fn relayed(mut stream: impl Read + Write, header: &[u8]) {
+pub(crate) fn relayed(mut stream: impl Read + Write, header: &[u8]) {
     stream.write_all(header).expect("send the header");
     stream.write_all(b"hello").expect("send");
     let mut answer = [0; 5];

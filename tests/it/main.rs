@@ -21,5 +21,6 @@ mod supervisor_soak;
 mod supervisor_systemd;
 mod support;
 mod systemd;
+mod targets;
 mod udp;
 mod view;

@@ -15,6 +15,7 @@ use super::relay::{Relay, World};
 use crate::config::{self, Configuration, Diagnostics};
 use crate::model::{Endpoint, Mark, Pathway};
 use crate::pathway;
+use crate::resolve::Resolver;
 use crate::runtime_dir::Attempt;
 use crate::socket::unix::remove_socket_file;
 use crate::supervisor::{State, Status, Supervisor};
@@ -68,6 +69,9 @@ pub(super) struct Fleet {
     pub(super) supervisor: RefCell<Supervisor<Relay>>,
     directory: PathBuf,
     manage_pathways: bool,
+    /// The files as last read, in which targets may be names; the world's has their addresses.
+    written: RefCell<Rc<Configuration>>,
+    pub(super) resolver: Rc<Resolver>,
     pub(super) specs: RefCell<Specs>,
     /// Reloads and upgrades come one after the other.
     pub(super) turn: tokio::sync::Mutex<()>,
@@ -84,7 +88,8 @@ impl Fleet {
         directory: PathBuf,
         manage_pathways: bool,
     ) -> Self {
-        let specs = specs(&selection, &world.configuration.borrow());
+        let written = Rc::clone(&world.configuration.borrow());
+        let specs = specs(&selection, &written);
         world.instances.set(specs.len());
         Self {
             selection,
@@ -92,6 +97,8 @@ impl Fleet {
             supervisor: RefCell::default(),
             directory,
             manage_pathways,
+            written: RefCell::new(written),
+            resolver: Rc::default(),
             specs: RefCell::new(specs),
             turn: tokio::sync::Mutex::default(),
             succeeded: Cell::new(false),
@@ -101,6 +108,10 @@ impl Fleet {
 
     /// Starts every relay and waits until each was tried once.
     pub(super) async fn start(&self) -> Result<(), pathway::Error> {
+        let written = Rc::clone(&self.written.borrow());
+        let resolved = Rc::new(self.resolve(&written).await);
+        *self.specs.borrow_mut() = specs(&self.selection, &resolved);
+        self.world.configuration.replace(resolved);
         let configuration = Rc::clone(&self.world.configuration.borrow());
         if self.manage_pathways {
             let wanted = used(&configuration, &self.specs.borrow());
@@ -149,7 +160,10 @@ impl Fleet {
         if self.ready.get() {
             systemd::reloading();
         }
-        let outcome = self.apply().await;
+        let outcome = match config::load(&self.directory) {
+            Ok(written) => self.apply(Rc::new(written)).await,
+            Err(mistakes) => Err(mistakes.into()),
+        };
         match &outcome {
             Ok(changes) => info!(
                 started = changes.started.len(),
@@ -173,9 +187,42 @@ impl Fleet {
         outcome
     }
 
-    async fn apply(&self) -> Result<Changes, ReloadError> {
+    /// Takes over addresses that names of targets have now, as a reload would.
+    pub(super) async fn reresolve(&self) {
+        let _turn = self.turn.lock().await;
+        if self.succeeded.get() {
+            return;
+        }
+        let written = Rc::clone(&self.written.borrow());
+        match self.apply(written).await {
+            Ok(changes) => info!(changed = ?changes.changed, "targets have other addresses"),
+            Err(error) => warn!(
+                error = &error as &dyn std::error::Error,
+                "targets have other addresses, and nothing was changed"
+            ),
+        }
+    }
+
+    /// A configuration with the addresses of its names, as far as they are known; new ones are looked up.
+    async fn resolve(&self, written: &Configuration) -> Configuration {
+        let selected = specs(&self.selection, written);
+        let named = selected
+            .values()
+            .map(|spec| &spec.instance)
+            .filter(|instance| !instance.named.is_empty());
+        let interval = named
+            .clone()
+            .filter_map(|instance| instance.options.resolve);
+        let interval = interval.min().unwrap_or(Resolver::INTERVAL);
+        let wanted = named.flat_map(|instance| instance.named.wanted()).collect();
+        self.resolver.want(wanted, interval);
+        self.resolver.look_at_new().await;
+        written.with_answers(&self.resolver.answers())
+    }
+
+    async fn apply(&self, written: Rc<Configuration>) -> Result<Changes, ReloadError> {
         let before = Rc::clone(&self.world.configuration.borrow());
-        let after = Rc::new(config::load(&self.directory)?);
+        let after = Rc::new(self.resolve(&written).await);
         let wanted = specs(&self.selection, &after);
         let present = self.specs.borrow().clone();
         let difference = Difference::between(&present, &wanted);
@@ -195,6 +242,7 @@ impl Fleet {
             // the last step that may fail, and the first that acts: make before break
             self.install(&new).await?;
         }
+        self.written.replace(written);
         self.world.configuration.replace(after);
         self.world.instances.set(wanted.len());
         *self.specs.borrow_mut() = wanted;

@@ -63,7 +63,9 @@ fn same_sockets(before: &Spec, after: &Spec) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{InstanceOptions, ListenAddr, Protocol, TargetPorts, parse_prefix};
+    use crate::model::{
+        InstanceOptions, ListenAddr, NamedTargets, Protocol, TargetPorts, parse_prefix,
+    };
 
     fn spec(name: &str, port: u16) -> (String, Spec) {
         let instance = Instance {
@@ -73,6 +75,7 @@ mod tests {
             target4: Some("127.0.0.1:22".parse().unwrap()),
             target6: None,
             target_ports: TargetPorts::One,
+            named: NamedTargets::default(),
             options: InstanceOptions::defaults(Protocol::Tcp),
         };
         let allow = Arc::new(AllowList::new([parse_prefix("10.0.0.1").unwrap()]).unwrap());

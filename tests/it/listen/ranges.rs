@@ -198,6 +198,7 @@ fn thousands_of_listeners_are_cheap() {
             a_connection_works(&rig, "10.0.0.1:13999", "192.0.2.7:4001");
             // all of them go to the successor
             rig.said("upgrade");
+            running.wait_log("handed over");
             a_connection_works(&rig, "10.0.0.1:12345", "192.0.2.7:4002");
         }
         stop(running, &rig.wks);

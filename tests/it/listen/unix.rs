@@ -180,6 +180,8 @@ fn the_socket_goes_to_the_successor_and_to_the_next_configuration() {
     let mut open = connect(&rig, &path, "192.0.2.7:4000");
     rig.said("upgrade");
     assert_eq!(inode(), made, "the same file");
+    // until then both accept
+    first.wait_log("handed over");
     let mut new = connect(&rig, &path, "192.0.2.7:4001");
     relayed(&mut open, b"");
     drop(open);

@@ -8,7 +8,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use mmproxyctl::model::{AllowList, ListenAddr, Mark, PortPolicy, TargetAddr, parse_prefix};
+use mmproxyctl::model::{
+    AllowList, ListenAddr, Mark, NamedTargets, PortPolicy, TargetAddr, parse_prefix,
+};
 use mmproxyctl::relay::counters::{Refusal, Totals};
 use mmproxyctl::relay::header::{encode_v1, encode_v2};
 use mmproxyctl::relay::settings::Settings;
@@ -194,6 +196,7 @@ pub(crate) fn settings(targets: &[SocketAddr]) -> Settings {
         name: "test".parse().expect("a name"),
         mark: Mark::new(MARK).expect("a mark"),
         first_port: None,
+        named: NamedTargets::default(),
         target4: target(false),
         target6: target(true),
         allow: allow(&["0.0.0.0/0", "::/0"]),
