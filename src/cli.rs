@@ -12,6 +12,7 @@ use ipnet::IpNet;
 use crate::metrics::Endpoint;
 use crate::model::{ValueError, parse_duration, parse_prefix};
 use crate::overview::Sort;
+use crate::pathway::Firewall;
 
 /// Lets services behind a PROXY-protocol sender see their real clients: kernel pathways and relays.
 #[derive(Debug, Parser)]
@@ -40,6 +41,15 @@ pub struct Global {
     /// Where locks and control sockets live [default: $RUNTIME_DIRECTORY, else /run/mmproxy]
     #[arg(long, global = true, value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
+    /// What gives the services' answers their mark
+    #[arg(
+        long,
+        global = true,
+        value_name = "BACKEND",
+        env = "MMPROXY_FIREWALL",
+        default_value = "auto"
+    )]
+    pub firewall: Firewall,
     /// How logs are written on stderr
     #[arg(long, global = true, value_name = "FORMAT", default_value = "auto")]
     pub log_format: LogFormat,
@@ -76,6 +86,8 @@ pub enum Command {
     Reload(ReloadArgs),
     /// Have running processes start this program anew and hand over to it; no connection is lost
     Upgrade(UpgradeArgs),
+    /// Have running processes make way for another: no new connections, the open ones go on until they end
+    Release(ReleaseArgs),
     /// Show what runs: every instance, its pathway, connections, rates and errors
     Status(StatusArgs),
     /// List open connections, or end some
@@ -184,6 +196,9 @@ pub struct RunArgs {
     /// How long open connections may go on after SIGTERM, such as 30s, 500ms or 2m; a second signal ends them at once
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = drain_timeout)]
     pub drain_timeout: Duration,
+    /// Relay in a child process, so that this one can end while open connections go on: see release
+    #[arg(long)]
+    pub keep_sessions: bool,
 }
 
 /// `reload`.
@@ -203,6 +218,20 @@ pub struct UpgradeArgs {
     /// Only these processes: "all" for run --all, else their first instance's name
     #[arg(value_name = "PROCESS")]
     pub processes: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `release`.
+#[derive(Debug, Args)]
+pub struct ReleaseArgs {
+    /// Only these processes: "all" for run --all, else their first instance's name
+    #[arg(value_name = "PROCESS")]
+    pub processes: Vec<String>,
+    /// Do nothing unless systemd is restarting this unit: for its ExecStop=
+    #[arg(long, value_name = "UNIT")]
+    pub if_restarting: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -10,6 +10,7 @@ mod explain;
 mod output;
 mod pathway;
 mod probe;
+mod release;
 mod reload;
 mod run;
 mod status;
@@ -40,13 +41,18 @@ pub fn main() -> ExitCode {
         Err(error) => {
             let configuration = error.chain().find_map(|cause| cause.downcast_ref());
             if let Some(mistakes) = configuration {
-                eprintln!("{}", drawn(mistakes));
+                say(&drawn(mistakes));
                 return ExitCode::from(2);
             }
-            eprintln!("error: {error:#}");
+            say(&format!("error: {error:#}"));
             ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
         }
     }
+}
+
+/// A line on stderr. Where nobody reads it (`2>&1 | head`), the exit code still tells.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// Mistakes or warnings as text for stderr: in colour on a terminal, unless `$NO_COLOR` is set
@@ -62,6 +68,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Pathway(command) => pathway::run(&global, command),
         Command::Run(args) => run::run(&global, args),
         Command::Reload(args) => reload::run(&global, &args),
+        Command::Release(args) => release::run(&global, &args),
         Command::Upgrade(args) => upgrade::run(&global, &args),
         Command::Status(args) => status::run(&global, &args),
         Command::Conns(args) => conns::run(&global, args),
@@ -74,13 +81,13 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             // into memory first: the generator panics where stdout is closed or full
             let mut script = Vec::new();
             clap_complete::generate(args.shell, &mut Cli::command(), "mmproxyctl", &mut script);
-            io::stdout().write_all(&script)?;
+            output::results().write_all(&script)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Man => {
             let mut command = Cli::command();
             command.build();
-            man(command, &mut io::stdout())?;
+            man(command, &mut output::results())?;
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use crate::control::messages::{Conns, Request, Response};
 use crate::model::{Instance, Pathway};
+use crate::pathway::Firewall;
 use crate::relay::counters::Totals;
 use crate::relay::ports::Port;
 use crate::relay::report::LastError;
@@ -155,22 +156,21 @@ pub struct Overview {
     pathways: pathways::Watch,
 }
 
-impl Default for Overview {
-    fn default() -> Self {
+impl Overview {
+    /// How often [`Overview::sample`] is to be called.
+    pub const SAMPLING: Duration = Duration::from_secs(5);
+
+    /// Begins now; pathways are looked at with this choice of a firewall.
+    pub fn new(firewall: Firewall) -> Self {
         Self {
             started: Instant::now(),
             started_at: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |since| since.as_secs()),
             rates: rates::Sampler::default(),
-            pathways: pathways::Watch::default(),
+            pathways: pathways::Watch::new(firewall),
         }
     }
-}
-
-impl Overview {
-    /// How often [`Overview::sample`] is to be called.
-    pub const SAMPLING: Duration = Duration::from_secs(5);
 
     /// Takes a sample for the rates.
     pub fn sample(&self, subjects: &[Subject]) {

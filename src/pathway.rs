@@ -3,16 +3,15 @@
 //! | file | owns |
 //! |---|---|
 //! | [`piece`] | one rule, route or line as a value, and as the command that makes it |
-//! | [`plan`], `lines` | pure: what is wanted, and the ordered difference to what is there |
+//! | [`plan`] | pure: what is wanted, and the ordered difference to what is there |
 //! | [`netlink`] | rules and routes through rtnetlink |
-//! | [`firewall`] | the mangle table; its driver for iptables |
+//! | [`firewall`] | what gives replies their mark: the choice of a back end, and the back ends |
 //! | [`host`] | lock, read, diff, apply, read back, verify, undo |
 //!
 //! Must not know: connections, configuration files, how a report is shown.
 
 pub mod firewall;
 pub mod host;
-mod lines;
 pub mod netlink;
 pub mod piece;
 pub mod plan;
@@ -24,6 +23,7 @@ use serde::Serialize;
 
 use crate::model::{Family, Mark, Pathway};
 
+pub use firewall::Firewall;
 pub use host::{Error, Options, Report};
 pub use piece::PROTOCOL;
 pub use plan::{Change, Goal, Outcome};
@@ -54,8 +54,8 @@ pub async fn del(wanted: &[Pathway], options: &Options) -> Result<Report, Error>
 ///
 /// # Errors
 /// When the kernel cannot be read.
-pub async fn check(wanted: &[Pathway]) -> Result<Vec<Finding>, Error> {
-    let reading = host::read(wanted).await?;
+pub async fn check(wanted: &[Pathway], firewall: Firewall) -> Result<Vec<Finding>, Error> {
+    let reading = host::read(wanted, firewall).await?;
     let plan = plan::plan(Goal::Add, wanted, &reading.facts, &reading.present);
     Ok(findings(plan))
 }
@@ -183,8 +183,8 @@ pub struct Listed {
 ///
 /// # Errors
 /// When the kernel cannot be read.
-pub async fn list(wanted: &[Pathway]) -> Result<Vec<Listed>, Error> {
-    let reading = host::read(wanted).await?;
+pub async fn list(wanted: &[Pathway], firewall: Firewall) -> Result<Vec<Listed>, Error> {
+    let reading = host::read(wanted, firewall).await?;
     let plan::Plan {
         changes, conflicts, ..
     } = plan::plan(Goal::Add, wanted, &reading.facts, &reading.present);
@@ -284,12 +284,7 @@ fn not_configured(
         marks.extend(mark.map(Mark::get));
         listed.push(entry(mark, Some(table)));
     }
-    let tags = present
-        .firewall
-        .iter()
-        .flat_map(|ruleset| ruleset.lines())
-        .filter_map(|(_, line)| line.connmark.as_ref()?.tag());
-    for tag in tags.collect::<BTreeSet<_>>() {
+    for tag in present.firewall.marks().collect::<BTreeSet<_>>() {
         if !marks.contains(&tag) {
             listed.push(entry(Mark::new(tag), None));
         }

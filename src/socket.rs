@@ -56,13 +56,34 @@ impl Failure {
 
 /// Why an address cannot be listened on.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {addr}: cannot {}", failure.operation)]
+#[error("cannot listen on {addr}: cannot {operation}")]
 pub struct ListenError {
     /// The address.
     pub addr: ListenAddr,
-    /// The system call, and what the kernel said as the source.
+    /// What was tried.
+    pub operation: &'static str,
+    /// What the kernel said.
     #[source]
-    pub failure: Failure,
+    pub source: io::Error,
+}
+
+impl From<ListenError> for Failure {
+    fn from(error: ListenError) -> Self {
+        Self {
+            operation: error.operation,
+            source: error.source,
+        }
+    }
+}
+
+impl ListenError {
+    fn on(addr: ListenAddr) -> impl Fn(Failure) -> Self {
+        move |Failure { operation, source }| Self {
+            addr,
+            operation,
+            source,
+        }
+    }
 }
 
 /// Sockets that share one listen address.
@@ -82,7 +103,7 @@ pub struct Listeners {
 /// # Errors
 /// When the address is in use, also by another program that set `SO_REUSEPORT`, or cannot be bound.
 pub fn tcp_listeners(addr: ListenAddr, count: NonZeroUsize) -> Result<Listeners, ListenError> {
-    listeners(addr.get(), count).map_err(|failure| ListenError { addr, failure })
+    listeners(addr.get(), count).map_err(ListenError::on(addr))
 }
 
 fn listeners(addr: SocketAddr, count: NonZeroUsize) -> Result<Listeners, Failure> {
@@ -97,20 +118,23 @@ fn listeners(addr: SocketAddr, count: NonZeroUsize) -> Result<Listeners, Failure
         .as_socket()
         .unwrap_or(addr);
     let sockets = (0..count.get())
-        .map(|_| {
-            let socket = bound(addr, Sharing::ReusePort)?.socket;
-            socket
-                .set_tcp_nodelay(true)
-                .map_err(Failure::at("set TCP_NODELAY"))?;
-            set_keepalive(&socket)?;
-            socket.listen(BACKLOG).map_err(Failure::at("listen"))?;
-            Ok(TcpListener::from(socket))
-        })
+        .map(|_| sharing_listener(addr))
         .collect::<Result<Vec<_>, _>>()?;
     Ok(Listeners {
         sockets,
         address_missing: probe.address_missing,
     })
+}
+
+/// One more listener on an address that others of this user listen on with `SO_REUSEPORT`.
+fn sharing_listener(addr: SocketAddr) -> Result<TcpListener, Failure> {
+    let socket = bound(addr, Sharing::ReusePort)?.socket;
+    socket
+        .set_tcp_nodelay(true)
+        .map_err(Failure::at("set TCP_NODELAY"))?;
+    set_keepalive(&socket)?;
+    socket.listen(BACKLOG).map_err(Failure::at("listen"))?;
+    Ok(TcpListener::from(socket))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

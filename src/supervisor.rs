@@ -83,12 +83,15 @@ struct Entry<T> {
     keeper: AbortHandle,
 }
 
+/// Tasks that are being drained, each with since when.
+pub type Drained<T> = Vec<(Instant, Rc<T>)>;
+
 /// The tasks of a process. Dropping it stops looking after them.
 pub struct Supervisor<T> {
     entries: BTreeMap<String, Entry<T>>,
     keepers: JoinSet<()>,
     draining: JoinSet<()>,
-    drained: Rc<RefCell<Vec<Rc<T>>>>,
+    drained: Rc<RefCell<Drained<T>>>,
     changed: Rc<watch::Sender<()>>,
 }
 
@@ -165,7 +168,9 @@ impl<T: Task + 'static> Supervisor<T> {
         };
         task.drain();
         let drained = Rc::clone(&self.drained);
-        drained.borrow_mut().push(Rc::clone(&task));
+        drained
+            .borrow_mut()
+            .push((Instant::now(), Rc::clone(&task)));
         let name = slot.name.clone();
         self.draining.spawn_local(async move {
             if let Err(error) = task.ended().await {
@@ -173,7 +178,7 @@ impl<T: Task + 'static> Supervisor<T> {
             }
             drained
                 .borrow_mut()
-                .retain(|other| !Rc::ptr_eq(other, &task));
+                .retain(|(_, other)| !Rc::ptr_eq(other, &task));
         });
     }
 
@@ -190,14 +195,15 @@ impl<T: Task + 'static> Supervisor<T> {
         self.draining.is_empty()
     }
 
-    /// The tasks that are being drained.
-    pub fn drained_tasks(&self) -> Vec<Rc<T>> {
+    /// The tasks that are being drained, each with since when.
+    pub fn drained_tasks(&self) -> Drained<T> {
         self.drained.borrow().clone()
     }
 
     /// How much work the tasks that are being drained still have.
     pub fn draining(&self) -> u64 {
-        self.drained.borrow().iter().map(|task| task.active()).sum()
+        let drained = self.drained.borrow();
+        drained.iter().map(|(_, task)| task.active()).sum()
     }
 
     /// Starts a task at once that waits after a failure.

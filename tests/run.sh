@@ -15,10 +15,21 @@ cd "$root"
 # shellcheck source=examples/setup.sh
 . examples/setup.sh
 
-cargo_arguments=() filter=() setup_only=
+# need_aioquic: an HTTP/3 client and server from PyPI, in a Python environment beside the build.
+need_aioquic() {
+    local home=${CARGO_TARGET_DIR:-target}/aioquic
+    [ ! -e "$home/installed" ] || return 0
+    need /usr/share/doc/python3-venv:python3-venv
+    say "Installing aioquic in $home"
+    /usr/bin/python3 -m venv "$home" && "$home/bin/pip" install --quiet aioquic==1.7.2 ||
+        die "aioquic cannot be installed: the soak's HTTP/3 test needs it. Is PyPI within reach?"
+    touch "$home/installed"
+}
+
+cargo_arguments=() filter=() setup_only= soak=
 for argument in "$@"; do
     case $argument in
-        --soak) cargo_arguments+=(--features soak) ;;
+        --soak) soak=1 cargo_arguments+=(--features soak) ;;
         --setup-only) setup_only=1 ;;
         *) filter+=("$argument") ;;
     esac
@@ -30,6 +41,7 @@ need cc:gcc ip:iproute2 iptables:iptables nft:nftables conntrack:conntrack hapro
     /lib/systemd/systemd:systemd /lib/systemd/system/dbus.socket:dbus tmux:tmux nc:netcat-openbsd promtool:prometheus dnsdist:dnsdist unbound:unbound dig:bind9-dnsutils \
     strace:strace setpriv:util-linux
 need_cargo
+[ -z "$soak" ] || need_aioquic
 [ -z "$setup_only" ] || exit 0
 
 if [ "$(id -u)" -ne 0 ]; then

@@ -1,12 +1,12 @@
 //! `check`: validates the three files and shows what they say. Changes nothing, asks the kernel nothing.
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
 use serde::Serialize;
 
-use super::output::{print_json, table, trimmed};
+use super::output::{print_json, results, table, trimmed};
 use crate::cli::{CheckArgs, Global};
 use crate::config::{self, Configuration, Diagnostics};
 use crate::model::{AllowList, ConnmarkMode, Family, Instance, Pathway};
@@ -22,7 +22,7 @@ pub(super) fn run(global: &Global, args: &CheckArgs) -> anyhow::Result<ExitCode>
             if !configuration.warnings.is_empty() {
                 eprintln!("{}\n", super::drawn(&configuration.warnings));
             }
-            io::stdout().write_all(summary(&configuration).as_bytes())?;
+            results().write_all(summary(&configuration).as_bytes())?;
             Ok(ExitCode::SUCCESS)
         }
         Err(mistakes) if args.json => {

@@ -1,13 +1,13 @@
 //! `conns`: open connections as a list, and the end of some of them.
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
 use comfy_table::CellAlignment;
 
 use super::UsageError;
 use super::ask::{Processes, filter};
-use super::output::{print_json, table, trimmed};
+use super::output::{print_json, results, table, trimmed};
 use super::units::{bytes, span};
 use crate::cli::{ConnsAction, ConnsCommand, ConnsKillArgs, ConnsListArgs, Global};
 use crate::control::messages::{Conns, Request};
@@ -38,7 +38,7 @@ fn list(global: &Global, args: &ConnsListArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let shown = listing.connections.len();
-    let mut out = io::stdout().lock();
+    let mut out = results();
     if shown > 0 {
         writeln!(out, "{}", rows(&listing.connections))?;
     }
@@ -132,7 +132,7 @@ fn kill(global: &Global, args: &ConnsKillArgs) -> anyhow::Result<ExitCode> {
     if args.json {
         print_json(&listing)?;
     } else {
-        let mut out = io::stdout().lock();
+        let mut out = results();
         if !listing.connections.is_empty() {
             writeln!(out, "{}", rows(&listing.connections))?;
         }

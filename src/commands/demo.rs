@@ -15,7 +15,7 @@ use crate::config::{self, Configuration};
 use crate::demo::namespace::{Isolation, Namespace, isolate};
 use crate::demo::programs::{Answer, Sends, ask, start_proxy, start_service};
 use crate::model::{ConnmarkMode, ListenAddr, Pathway};
-use crate::pathway::{self, Error as PathwayError, Options};
+use crate::pathway::{self, Error as PathwayError, Firewall, Options};
 use crate::relay::{settings::Settings, tcp::Server, workers::Workers};
 use crate::runtime_dir::RuntimeDir;
 use crate::socket;
@@ -278,6 +278,7 @@ impl Lab {
             dry_run: false,
             runtime_dir: RuntimeDir::resolve(Some("/run/mmproxy".into())),
             lock_timeout: Duration::from_secs(5),
+            firewall: Firewall::Auto,
         };
         let add = |wanted: &[Pathway]| {
             self.wks01.enter(|| -> anyhow::Result<_> {

@@ -1,11 +1,11 @@
 //! `explain`: which way a client's connection came, for an address in a service's log.
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use super::ask::Processes;
-use super::output::print_json;
+use super::output::{print_json, results};
 use super::units::{bytes, span};
 use crate::cli::{ExplainArgs, Global};
 use crate::control::messages::Request;
@@ -32,13 +32,14 @@ pub(super) fn run(global: &Global, args: &ExplainArgs) -> anyhow::Result<ExitCod
     if args.json {
         print_json(&all)?;
     } else if found == 0 {
-        println!(
+        writeln!(
+            results(),
             "no connection of this client is open or remembered: it did not come through a relay of this \
              host, or too long ago"
-        );
+        )?;
     } else {
         let blocks: Vec<String> = all.open.iter().chain(&all.ended).map(block).collect();
-        io::stdout().write_all(blocks.join("\n").as_bytes())?;
+        results().write_all(blocks.join("\n").as_bytes())?;
     }
     Ok(if found == 0 {
         ExitCode::FAILURE

@@ -1,7 +1,7 @@
 //! `pathway …`: which pathways are meant, then the change or the question, then what a person reads.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Write};
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use anyhow::Context;
 use serde::Serialize;
 
 use super::UsageError;
-use super::output::{print_json, table, trimmed};
+use super::output::{print_json, results, table, trimmed};
 use crate::cli::{Global, PathwayAllArgs, PathwayChangeArgs, PathwayCommand};
 use crate::config::{self, PathwayFiles};
 use crate::model::{Mark, Pathway};
@@ -42,6 +42,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
             dry_run: how.dry_run,
             runtime_dir: RuntimeDir::resolve(global.runtime_dir.clone()),
             lock_timeout: LOCK_LIMIT,
+            firewall: global.firewall,
         };
         let report = runtime.block_on(async {
             match goal {
@@ -63,7 +64,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
         PathwayCommand::DelAll(how) => change(Goal::Del, None, how),
         PathwayCommand::List(args) => {
             let listed = runtime
-                .block_on(pathway::list(&files.pathways))
+                .block_on(pathway::list(&files.pathways, global.firewall))
                 .context("cannot list the pathways")?;
             show_list(&listed, args.json)?;
             Ok(ExitCode::SUCCESS)
@@ -74,7 +75,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
                 targets => chosen(global, &files, targets)?,
             };
             let findings = runtime
-                .block_on(pathway::check(&pathways))
+                .block_on(pathway::check(&pathways, global.firewall))
                 .with_context(|| format!("cannot check {}", named(&pathways)))?;
             show_check(&pathways, &findings, args.json)
         }
@@ -230,7 +231,7 @@ fn show_change(
             eprintln!("note: {note}");
         }
     }
-    let mut out = io::stdout().lock();
+    let mut out = results();
     if how.dry_run {
         for change in &report.changes {
             writeln!(out, "{}", change.command)?;
@@ -319,7 +320,7 @@ fn show_list(listed: &[Listed], json: bool) -> anyhow::Result<()> {
             pieces,
         ]);
     }
-    writeln!(io::stdout().lock(), "{}", trimmed(&table))?;
+    writeln!(results(), "{}", trimmed(&table))?;
     Ok(())
 }
 
@@ -338,7 +339,7 @@ fn show_check(pathways: &[Pathway], findings: &[Finding], json: bool) -> anyhow:
         })?;
         return Ok(code);
     }
-    let mut out = io::stdout().lock();
+    let mut out = results();
     for pathway in pathways {
         let mark = pathway.mark;
         let mut of = findings

@@ -1,11 +1,12 @@
 //! `reload`: has every running process of this host read the files again.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::bail;
 use serde_json::{Value, json};
 
-use super::output::print_json;
+use super::output::{print_json, results};
 use crate::cli::{Global, ReloadArgs};
 use crate::control::client::{self, Client, Error};
 use crate::control::messages::{FailureKind, Request};
@@ -63,6 +64,8 @@ pub(super) fn ask(
     let runtime = RuntimeDir::resolve(global.runtime_dir.clone());
     let mut found: Vec<(String, Client)> = client::find(&runtime)?
         .into_iter()
+        // they have no instances any more
+        .filter(|process| !client::is_draining(&process.name))
         .map(|process| (shown_name(&process.name).to_owned(), process.client))
         .collect();
     if found.is_empty() {
@@ -88,13 +91,16 @@ pub(super) fn ask(
     for (name, mut client) in found {
         match client.ask(&how.request) {
             Ok(answer) => {
+                if how.request == (Request::Release {}) {
+                    client.wait_closed()?;
+                }
                 for line in shown(&answer).iter().filter(|_| !how.json) {
-                    println!("{name}: {line}");
+                    writeln!(results(), "{name}: {line}")?;
                 }
                 answers.insert(name, answer);
             }
             Err(error) => {
-                eprintln!("{name}: {}", describe(&error));
+                super::say(&format!("{name}: {}", describe(&error)));
                 let kind = match &error {
                     Error::Failed(failure) => failure.kind,
                     _ => FailureKind::Failed,

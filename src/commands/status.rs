@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use comfy_table::CellAlignment;
 
 use super::ask::Processes;
-use super::output::{print_json, table, trimmed};
+use super::output::{Results, results, table, trimmed};
 use super::units::{byte_rate, bytes, rate, span};
 use crate::cli::{Global, StatusArgs};
 use crate::overview::{InstanceReport, PathwayState, Process, State};
@@ -26,33 +26,40 @@ pub(super) fn run(global: &Global, args: &StatusArgs) -> anyhow::Result<ExitCode
         // anew each time: processes come and go
         let processes = Processes::find(global).and_then(|mut all| all.status(&args.instances));
         let Some(pause) = args.watch else {
-            show(&processes?, args)?;
+            show(&processes?, args, &mut results())?;
             return Ok(ExitCode::SUCCESS);
         };
+        let mut out = results();
         if io::stdout().is_terminal() {
             // home, then clear to the end: no flicker
-            print!("\x1b[H\x1b[2J");
+            write!(out, "\x1b[H\x1b[2J")?;
         }
         match processes {
-            Ok(processes) => show(&processes, args)?,
+            Ok(processes) => show(&processes, args, &mut out)?,
             // a restart is what one watches for
-            Err(error) => println!("{error:#}"),
+            Err(error) => writeln!(out, "{error:#}")?,
         }
         if !args.json && !io::stdout().is_terminal() {
-            println!();
+            writeln!(out)?;
         }
-        io::stdout().flush()?;
+        out.flush()?;
+        if out.are_unread() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        drop(out);
         std::thread::sleep(pause);
     }
 }
 
-fn show(processes: &[Process], args: &StatusArgs) -> anyhow::Result<()> {
+fn show(processes: &[Process], args: &StatusArgs, out: &mut Results) -> anyhow::Result<()> {
     if args.json && args.watch.is_some() {
-        println!("{}", serde_json::to_string(processes)?);
+        writeln!(out, "{}", serde_json::to_string(processes)?)?;
         return Ok(());
     }
     if args.json {
-        return print_json(&processes);
+        serde_json::to_writer_pretty(&mut *out, processes)?;
+        writeln!(out)?;
+        return Ok(());
     }
     let text = if args.instances.is_empty() {
         overview(processes)
@@ -62,7 +69,7 @@ fn show(processes: &[Process], args: &StatusArgs) -> anyhow::Result<()> {
             .collect();
         blocks.join("\n")
     };
-    io::stdout().write_all(text.as_bytes())?;
+    out.write_all(text.as_bytes())?;
     Ok(())
 }
 

@@ -18,6 +18,49 @@ const MAX_ANSWER: u64 = 256 << 20;
 /// The suffix of control sockets in the runtime directory.
 pub const SUFFIX: &str = "sock";
 
+/// Behind the name of a process that drains, its pid between the two. No instance's socket ends so.
+const DRAINING: &str = ".draining";
+
+/// The name of a process while it drains: another one may have its name by then.
+pub fn draining(name: &str, pid: u32) -> String {
+    format!("{name}.{pid}{DRAINING}")
+}
+
+/// Whether that is the name of a process that drains.
+pub fn is_draining(name: &str) -> bool {
+    name.ends_with(DRAINING)
+}
+
+/// The sockets of processes that drain and had this name.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn draining_of(runtime: &RuntimeDir, name: &str) -> Result<Vec<PathBuf>, runtime_dir::Error> {
+    let is_of = |found: &str| {
+        let pid = found.strip_prefix(name)?.strip_prefix('.')?;
+        Some(
+            pid.strip_suffix(DRAINING)?
+                .bytes()
+                .all(|b| b.is_ascii_digit()),
+        )
+    };
+    let files = runtime.files(SUFFIX)?.into_iter();
+    let of = files.filter(|(found, _)| is_of(found) == Some(true));
+    Ok(of.map(|(_, path)| path).collect())
+}
+
+/// Removes the sockets that draining processes left when they were killed: their names never come again.
+pub fn remove_left(runtime: &RuntimeDir) {
+    let files = runtime.files(SUFFIX).unwrap_or_default();
+    for (_, path) in files.into_iter().filter(|(name, _)| is_draining(name)) {
+        if let Err(error) = UnixStream::connect(&path)
+            && error.kind() == io::ErrorKind::ConnectionRefused
+        {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -89,6 +132,23 @@ impl Client {
                 self.exchange(request)
             }
             outcome => outcome,
+        }
+    }
+
+    /// Waits until the process has closed the connection.
+    ///
+    /// # Errors
+    /// When it does not in time.
+    pub fn wait_closed(&mut self) -> Result<(), Error> {
+        let mut rest = Vec::new();
+        let outcome = (&mut self.stream).take(MAX_ANSWER).read_to_end(&mut rest);
+        match outcome {
+            Err(source) if source.kind() != io::ErrorKind::ConnectionReset => Err(Error::Io {
+                operation: "wait for the end of",
+                path: self.path.clone(),
+                source,
+            }),
+            _ => Ok(()),
         }
     }
 

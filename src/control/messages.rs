@@ -14,6 +14,8 @@ pub enum Request {
     Reload {},
     /// Start the program's file anew beside this process, hand it the listening sockets, and drain.
     Upgrade {},
+    /// Stop accepting, give up every lock, and drain without a time limit; whoever comes next runs the instances.
+    Release {},
     /// The state of every instance; answers with [`crate::overview::Process`].
     Status {},
     /// Open connections; answers with [`crate::overview::Listing`].

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
 use crate::model::{Mark, Pathway};
-use crate::pathway;
+use crate::pathway::{self, Firewall};
 
 /// How old an answer may be.
 const FRESH: Duration = Duration::from_secs(5);
@@ -81,22 +81,33 @@ impl Seen {
 }
 
 /// Remembers the last look.
-#[derive(Debug, Default)]
-pub(super) struct Watch(Mutex<Option<Arc<Seen>>>);
+#[derive(Debug)]
+pub(super) struct Watch {
+    firewall: Firewall,
+    last: Mutex<Option<Arc<Seen>>>,
+}
 
 impl Watch {
+    /// Nothing seen yet.
+    pub(super) fn new(firewall: Firewall) -> Self {
+        Self {
+            firewall,
+            last: Mutex::default(),
+        }
+    }
+
     /// A look that is fresh enough. Those who ask meanwhile wait for the same one.
     pub(super) async fn look(&self, wanted: impl Iterator<Item = &Pathway>) -> Arc<Seen> {
         let by_mark: BTreeMap<_, _> = wanted.map(|one| (one.mark.get(), one)).collect();
         let wanted: Vec<Pathway> = by_mark.into_values().cloned().collect();
-        let mut last = self.0.lock().await;
+        let mut last = self.last.lock().await;
         if let Some(seen) = &*last
             && seen.at.elapsed() < FRESH
             && seen.wanted == wanted
         {
             return Arc::clone(seen);
         }
-        let found = match pathway::check(&wanted).await {
+        let found = match pathway::check(&wanted, self.firewall).await {
             Ok(findings) => {
                 let mut by_mark: BTreeMap<u32, Vec<String>> = BTreeMap::new();
                 for finding in findings {

@@ -1,312 +1,199 @@
-//! The mangle table as values: which lines are there, which are ours, which the old scripts left.
+//! Who gives replies their mark: the choice of a back end, and what the back ends hold.
 //!
-//! Owns: reading `iptables-save` text. [`iptables`] runs the programs. Must not know: which lines are wanted.
+//! | file | owns |
+//! |---|---|
+//! | [`iptables`] | the programs of iptables, either variant; [`ruleset`] what they print, [`lines`] the plan |
+//! | `residue` | what iptables-nft leaves behind |
+//! | `program` | finding and running a program |
+//!
+//! Must not know: rules and routes, how a report is shown.
 
 pub mod iptables;
+pub(crate) mod lines;
+mod program;
 mod residue;
+pub mod ruleset;
 
-use std::collections::BTreeSet;
+use std::io;
 
-use crate::model::Family;
+use crate::model::{Family, Pathway};
 
-use super::piece::{COMMENT, Chain, Job, Line, Made, Program};
+use super::piece::{Chain, Step};
+use super::plan::{Change, Goal, Wanted};
+use iptables::Iptables;
+use ruleset::Ruleset;
 
-/// One family's mangle table as one variant of iptables shows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ruleset {
-    /// The family.
-    pub family: Family,
-    /// Who reads and writes it.
-    pub program: Program,
-    /// The lines of OUTPUT, first to last.
-    pub output: Vec<FoundLine>,
-    /// The lines of PREROUTING, first to last.
-    pub prerouting: Vec<FoundLine>,
-    /// Whether another chain of the table holds a line.
-    pub elsewhere: bool,
-    /// What the first line would make.
-    pub absent: Absent,
+/// What a person chose (`--firewall`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Firewall {
+    /// What holds lines of ours, else iptables where it is installed
+    #[default]
+    Auto,
+    /// iptables and ip6tables, of either variant
+    Iptables,
 }
 
-/// The parts of nf_tables' mangle table that are not there and come with the first line.
+/// What lines are written with, once that is decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// Lines in the mangle tables.
+    Iptables,
+}
+
+/// Why the firewall could not be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No binary of that name.
+    #[error("{program} is not installed: the CONNMARK rules need it (package {package})")]
+    Missing {
+        /// The name.
+        program: &'static str,
+        /// The package that has it.
+        package: &'static str,
+    },
+    /// It could not be started or talked to.
+    #[error("cannot run {program}")]
+    Run {
+        /// The name.
+        program: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// It ran and failed.
+    #[error("{program} failed ({status}): {said}")]
+    Failed {
+        /// The name.
+        program: String,
+        /// How it ended.
+        status: String,
+        /// What it said, and the line that it stopped at.
+        said: String,
+    },
+    /// nf_tables could not be asked.
+    #[error("cannot read the {family} mangle table of nf_tables")]
+    Tables {
+        /// The family.
+        family: Family,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A back end: reads what it holds, and makes steps of its own in as few transactions as it can.
+///
+/// What is to be done is planned without it, by a pure function beside it.
+pub(crate) trait Driver {
+    /// What it holds.
+    type Found;
+
+    /// Reads what is there. Changes nothing.
+    async fn read(&self) -> Result<Self::Found, Error>;
+
+    /// Makes these steps, which are all this back end's: all or none.
+    async fn write(&self, steps: &[Step]) -> Result<(), Error>;
+}
+
+/// What the back ends hold.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Absent {
-    /// The table itself.
-    pub table: bool,
-    /// Chains.
-    pub chains: BTreeSet<Chain>,
+pub struct Found {
+    /// Mangle tables; the first of a family is the one that lines are added to.
+    pub iptables: Vec<Ruleset>,
 }
 
-/// A line as found.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FoundLine {
-    /// The words behind `-A CHAIN`, as iptables-save wrote them.
-    pub words: String,
-    /// What it does, where it is a plain CONNMARK line.
-    pub connmark: Option<Connmark>,
-}
-
-/// A line that does nothing but save or restore one mark.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Connmark {
-    /// Save or restore.
-    pub job: Job,
-    /// The mark it looks for.
-    pub mark: u32,
-    /// The bits it looks at.
-    pub mask: u32,
-    /// The bits it copies, on both sides.
-    pub copied: u32,
-    /// The comment.
-    pub comment: Option<String>,
-}
-
-impl Connmark {
-    /// The mark in our tag, where the line has one.
-    pub fn tag(&self) -> Option<u32> {
-        let text = self.comment.as_deref()?.strip_prefix(COMMENT)?;
-        text.split(':').next()?.parse().ok()
-    }
-
-    /// What our lines had to make, as their tags remember it.
-    pub fn made(&self) -> Option<Made> {
-        let text = self.comment.as_deref()?.strip_prefix(COMMENT)?;
-        Made::from_tag(text.split_once(':')?.1)
-    }
-
-    /// Whether it is this line: same job, mark, masks and tag.
-    pub fn is(&self, line: &Line) -> bool {
-        self.tag() == Some(line.mark.get())
-            && self.job == line.job
-            && self.mark == line.mark.get()
-            && self.mask == line.mask.get()
-            && self.copied == line.mask.get()
+impl Found {
+    /// The marks in the tags of what is ours.
+    pub(crate) fn marks(&self) -> impl Iterator<Item = u32> {
+        let lines = self.iptables.iter().flat_map(Ruleset::lines);
+        lines.filter_map(|(_, line)| line.connmark.as_ref()?.tag())
     }
 }
 
-impl Ruleset {
-    /// A table without lines.
-    pub fn empty(family: Family, program: Program) -> Self {
-        Self {
-            family,
-            program,
-            output: Vec::new(),
-            prerouting: Vec::new(),
-            elsewhere: false,
-            absent: Absent::default(),
-        }
-    }
+/// The back ends that are installed, and which of them is wanted.
+#[derive(Debug)]
+pub(crate) struct Firewalls {
+    iptables: Iptables,
+}
 
-    /// Reads what `iptables-save -t mangle` wrote.
-    pub fn parse(family: Family, program: Program, save: &str) -> Self {
-        let mut ruleset = Self::empty(family, program);
-        for line in save.lines() {
-            let Some((chain, words)) = line
-                .strip_prefix("-A ")
-                .and_then(|rest| rest.split_once(' '))
-            else {
-                continue;
-            };
-            let chain = match chain {
-                "OUTPUT" => &mut ruleset.output,
-                "PREROUTING" => &mut ruleset.prerouting,
-                _ => {
-                    ruleset.elsewhere = true;
-                    continue;
-                }
-            };
-            chain.push(FoundLine {
-                words: words.to_owned(),
-                connmark: connmark(words),
-            });
-        }
-        ruleset
-    }
-
-    /// The lines of a chain.
-    pub fn chain(&self, chain: Chain) -> &[FoundLine] {
-        match chain {
-            Chain::Output => &self.output,
-            Chain::Prerouting => &self.prerouting,
-        }
-    }
-
-    /// Every line with its chain.
-    pub fn lines(&self) -> impl Iterator<Item = (Chain, &FoundLine)> {
-        Chain::ALL
-            .into_iter()
-            .flat_map(|chain| self.chain(chain).iter().map(move |line| (chain, line)))
-    }
-
-    /// What a new line in the chain must remember: whether the chain and the table are there because of
-    /// us. A table that is brings all of its chains with it.
-    pub fn makes(&self, chain: Chain) -> Option<Made> {
-        if self.absent.table || self.remembers_table() {
-            return Some(Made::Table);
-        }
-        let remembered = |line: &FoundLine| line.connmark.as_ref().and_then(Connmark::made);
-        if self.absent.chains.contains(&chain) {
-            return Some(Made::Chain);
-        }
-        self.chain(chain).iter().find_map(remembered)
-    }
-
-    /// Whether a line in any chain remembers that the table is there because of us.
-    pub fn remembers_table(&self) -> bool {
-        self.lines()
-            .any(|(_, line)| line.connmark.as_ref().and_then(Connmark::made) == Some(Made::Table))
-    }
-
-    /// Whether a line carries our tag.
-    pub fn has_ours(&self) -> bool {
-        self.lines().any(|(_, line)| {
-            line.connmark
-                .as_ref()
-                .is_some_and(|line| line.tag().is_some())
+impl Firewalls {
+    /// Looks which programs there are.
+    pub(crate) fn open(_setting: Firewall, families: &[Family]) -> Result<Self, Error> {
+        Ok(Self {
+            iptables: Iptables::open(families)?,
         })
     }
 
-    /// Whether any line is there.
-    pub fn is_empty(&self) -> bool {
-        !self.elsewhere && self.lines().next().is_none()
+    /// What all of them hold: lines of ours may stand in any.
+    pub(crate) async fn read(&self) -> Result<Found, Error> {
+        Ok(Found {
+            iptables: self.iptables.read().await?,
+        })
+    }
+
+    /// What lines are to be written with.
+    pub(crate) fn backend(&self, _found: &Found) -> Backend {
+        Backend::Iptables
+    }
+
+    /// Whether the back end's program is there for a family.
+    ///
+    /// # Errors
+    /// [`Error::Missing`]
+    pub(crate) fn require(&self, backend: Backend, family: Family) -> Result<(), Error> {
+        match backend {
+            Backend::Iptables => self.iptables.require(family),
+        }
+    }
+
+    /// Makes steps that [`same_transaction`] has put together.
+    pub(crate) async fn write(&self, steps: &[Step]) -> Result<(), Error> {
+        match steps {
+            [Step::InsertLine(_) | Step::DelLine(_), ..] => self.iptables.write(steps).await,
+            // "did not" means that somebody else uses it by now: then it is theirs
+            [Step::DropChain { family, chain, .. }] => drop_chain(*family, *chain).map(drop),
+            [Step::DropTable { family }] => drop_table(*family).map(drop),
+            _ => Ok(()),
+        }
     }
 }
 
-/// Splits as iptables-restore does: at blanks, with `"…"` around what holds blanks and `\` before quotes.
-fn split(words: &str) -> Vec<String> {
-    let mut out = Vec::new();
-    let mut word = None::<String>;
-    let mut quoted = false;
-    let mut chars = words.chars();
-    while let Some(c) = chars.next() {
-        match c {
-            '"' => {
-                quoted = !quoted;
-                word.get_or_insert_default();
-            }
-            '\\' if quoted => word.get_or_insert_default().extend(chars.next()),
-            ' ' if !quoted => out.extend(word.take()),
-            c => word.get_or_insert_default().push(c),
-        }
-    }
-    out.extend(word);
-    out
-}
-
-fn number(text: &str) -> Option<u32> {
-    match text.strip_prefix("0x") {
-        Some(hex) => u32::from_str_radix(hex, 16).ok(),
-        None => text.parse().ok(),
+/// Whether two steps that follow each other go to the kernel together.
+pub(crate) fn same_transaction(left: &Step, right: &Step) -> bool {
+    match (left, right) {
+        (
+            Step::InsertLine(left) | Step::DelLine(left),
+            Step::InsertLine(right) | Step::DelLine(right),
+        ) => left.program == right.program,
+        _ => false,
     }
 }
 
-/// What a line does, or `None` where it has any word that a CONNMARK line of ours or of the old scripts has not.
-fn connmark(words: &str) -> Option<Connmark> {
-    let words = split(words);
-    let mut words = words.iter().map(String::as_str);
-    let (mut matched, mut job, mut comment) = (None, None, None);
-    let (mut nfmask, mut ctmask) = (u32::MAX, u32::MAX);
-    let mut matcher = "";
-    while let Some(word) = words.next() {
-        match word {
-            // the scripts' `-i+` means "an interface whose name begins with -i" to iptables 1.8.9,
-            // which takes the whole word for the name; versions before and after read `+`: any
-            "-i" => _ = words.next().filter(|name| matches!(*name, "+" | "-i+"))?,
-            "-o" => _ = words.next().filter(|name| matches!(*name, "+" | "-o+"))?,
-            "-m" => matcher = words.next()?,
-            "--mark" => {
-                let value = words.next()?;
-                let (mark, mask) = match value.split_once('/') {
-                    Some((mark, mask)) => (number(mark)?, number(mask)?),
-                    None => (number(value)?, u32::MAX),
-                };
-                if matched.replace((matcher, mark, mask)).is_some() {
-                    return None;
-                }
-            }
-            "--comment" => comment = Some(words.next()?.to_owned()),
-            "-j" => _ = words.next().filter(|target| *target == "CONNMARK")?,
-            "--save-mark" => job = Some(Job::Save),
-            "--restore-mark" => job = Some(Job::Restore),
-            "--nfmask" => nfmask = number(words.next()?)?,
-            "--ctmask" => ctmask = number(words.next()?)?,
-            _ => return None,
-        }
+/// What must change so that this back end holds the wanted lines and no other does. Pure.
+pub(crate) fn changes(
+    goal: Goal,
+    pathways: &[Pathway],
+    backend: Backend,
+    wanted: &Wanted,
+    found: &Found,
+) -> Vec<Change> {
+    match backend {
+        Backend::Iptables => lines::changes(goal, pathways, &wanted.lines, &found.iptables),
     }
-    let ((matcher, mark, mask), job) = (matched?, job?);
-    let expected = match job {
-        Job::Save => "mark",
-        Job::Restore => "connmark",
-    };
-    (matcher == expected && nfmask == ctmask).then_some(Connmark {
-        job,
-        mark,
-        mask,
-        copied: nfmask,
-        comment,
-    })
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::{Mark, Mask};
+/// Deletes a base chain that the first line of ours had made, if it is empty now. Whether it did.
+///
+/// # Errors
+/// When nf_tables refuses for another reason than that it is in use.
+pub(crate) fn drop_chain(family: Family, chain: Chain) -> Result<bool, Error> {
+    residue::drop_chain(family, chain).map_err(|source| Error::Tables { family, source })
+}
 
-    fn line(mark: u32) -> Line {
-        let mark = Mark::new(mark).unwrap();
-        Line {
-            family: Family::V4,
-            chain: Chain::Output,
-            job: Job::Save,
-            mark,
-            mask: Mask::default_for(mark),
-        }
-    }
-
-    #[test]
-    fn our_own_words_are_recognised() {
-        for mark in [1, 255, 256, u32::MAX] {
-            let line = line(mark);
-            assert!(connmark(&line.to_string()).unwrap().is(&line), "{line}");
-        }
-        // what iptables-save makes of it
-        let saved = "-m mark --mark 0x7b/0xff -m comment --comment \"mmproxyctl:123\" -j CONNMARK --save-mark --nfmask 0xff --ctmask 0xff";
-        assert!(connmark(saved).unwrap().is(&line(123)));
-        assert!(
-            connmark(&saved.replace("0x7b/0xff", "0x7b"))
-                .is_some_and(|found| !found.is(&line(123)))
-        );
-    }
-
-    #[test]
-    fn lines_of_the_old_scripts_are_recognised() {
-        for words in [
-            "-i -i+ -m mark --mark 0x7b -j CONNMARK --save-mark --nfmask 0xffffffff --ctmask 0xffffffff",
-            "-o -o+ -m connmark --mark 0x7b -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff",
-            "-m mark --mark 0x7b -j CONNMARK --save-mark",
-        ] {
-            let found = connmark(words).expect(words);
-            assert_eq!(
-                (found.mark, found.mask, found.comment),
-                (123, u32::MAX, None)
-            );
-        }
-    }
-
-    #[test]
-    fn other_programs_lines_are_not_taken_for_ours() {
-        for words in [
-            "-p udp -m mark --mark 0xca6c -m comment --comment \"wg-quick(8) rule for wg0\" -j CONNMARK --save-mark",
-            "-i eth0 -m mark --mark 0x7b -j CONNMARK --save-mark",
-            "-m mark ! --mark 0x7b -j CONNMARK --save-mark",
-            "-m mark --mark 0x7b -j MARK --set-xmark 0x7b/0xff",
-            "-m connmark --mark 0x7b -j CONNMARK --save-mark",
-            "-m mark --mark 0x7b -m connmark --mark 0x7b -j CONNMARK --save-mark",
-            "-m mark --mark 0x7b -j CONNMARK --save-mark --nfmask 0xff --ctmask 0xffff",
-            "-m comment --comment \"a \\\"-j CONNMARK\\\" b\" -j ACCEPT",
-            "-j CONNMARK --restore-mark",
-        ] {
-            assert_eq!(connmark(words), None, "{words}");
-        }
-    }
+/// Deletes the mangle table that the first line of ours had made, if it is empty now. Whether it did.
+///
+/// # Errors
+/// As [`drop_chain`].
+pub(crate) fn drop_table(family: Family) -> Result<bool, Error> {
+    residue::drop_table(family).map_err(|source| Error::Tables { family, source })
 }

@@ -13,10 +13,10 @@ use std::time::Duration;
 use crate::model::{ConnmarkMode, Family, Pathway};
 use crate::runtime_dir::{self, RuntimeDir};
 
-use super::firewall::iptables::{self, Tool};
+use super::firewall::{self, Backend, Firewall, Firewalls, same_transaction};
 use super::netlink::{self, Lookup, Netlink, RoutesOf};
 use super::piece::{FoundRoute, Made, Step};
-use super::plan::{self, Change, Facts, Goal, Plan, Present, TableTaken};
+use super::plan::{self, Change, Facts, Goal, Plan, Present, TableTaken, wants_lines};
 
 /// Up to this many tables are read one by one; beyond, one dump of everything is cheaper.
 const TABLES_ONE_BY_ONE: usize = 32;
@@ -44,7 +44,7 @@ pub enum Error {
     Netlink(netlink::Error),
     /// The mangle table.
     #[error(transparent)]
-    Firewall(iptables::Error),
+    Firewall(firewall::Error),
     /// A file under /proc.
     #[error("cannot read {path}")]
     Proc {
@@ -91,10 +91,10 @@ impl From<netlink::Error> for Error {
     }
 }
 
-impl From<iptables::Error> for Error {
-    fn from(error: iptables::Error) -> Self {
+impl From<firewall::Error> for Error {
+    fn from(error: firewall::Error) -> Self {
         match error {
-            iptables::Error::Tables { source, .. }
+            firewall::Error::Tables { source, .. }
                 if source.raw_os_error() == Some(libc::EPERM) =>
             {
                 Self::Denied
@@ -113,6 +113,8 @@ pub struct Options {
     pub runtime_dir: RuntimeDir,
     /// How long another run may hold it.
     pub lock_timeout: Duration,
+    /// What gives replies their mark.
+    pub firewall: Firewall,
 }
 
 /// What a run changed, or would.
@@ -137,7 +139,7 @@ pub(super) async fn change(
     pathways: &[Pathway],
     options: &Options,
 ) -> Result<Report, Error> {
-    let host = Host::open(goal, pathways)?;
+    let host = Host::open(goal, options.firewall)?;
     let lock = || {
         options
             .runtime_dir
@@ -167,8 +169,8 @@ pub(super) async fn change(
 }
 
 /// Reads what is there, without a lock.
-pub(super) async fn read(pathways: &[Pathway]) -> Result<Reading, Error> {
-    Host::open(Goal::Add, pathways)?.read(pathways).await
+pub(super) async fn read(pathways: &[Pathway], firewall: Firewall) -> Result<Reading, Error> {
+    Host::open(Goal::Add, firewall)?.read(pathways).await
 }
 
 /// Every route of ours, in whatever table.
@@ -222,74 +224,86 @@ fn require_net_admin() -> Result<(), Error> {
 
 /// The ways into the kernel.
 struct Host {
+    goal: Goal,
     netlink: Netlink,
     /// The families the kernel has.
     families: Vec<Family>,
-    /// The families that pathways are served in.
-    served: Vec<Family>,
-    /// Binaries by family; none where no line is wanted and none is installed.
-    tools: Vec<(Family, Vec<Tool>)>,
-    notes: Vec<String>,
+    firewalls: Firewalls,
 }
 
 impl Host {
-    fn open(goal: Goal, pathways: &[Pathway]) -> Result<Self, Error> {
+    fn open(goal: Goal, firewall: Firewall) -> Result<Self, Error> {
         require_net_admin()?;
         let families = kernel_families();
-        let mut served = vec![Family::V4];
-        let mut notes = Vec::new();
-        let mut without_v6 = |why: &str| notes.push(format!("{why}: the pathways serve IPv4 only"));
-        // the kernel asks the interface's own switch, and `all` writes through to it
-        if !families.contains(&Family::V6) {
-            without_v6("this kernel runs without IPv6");
-        } else if switch("/proc/sys/net/ipv6/conf/lo/disable_ipv6")? {
-            without_v6("IPv6 is switched off (net.ipv6.conf.lo.disable_ipv6)");
-        } else {
-            served.push(Family::V6);
-        }
-        let wants_lines = goal == Goal::Add
-            && pathways
-                .iter()
-                .any(|pathway| pathway.connmark != ConnmarkMode::Off);
-        let mut tools = Vec::new();
-        for &family in &families {
-            match iptables::tools(family) {
-                Ok(found) => tools.push((family, found)),
-                Err(iptables::Error::Missing { program }) if family == Family::V6 => {
-                    if wants_lines && served.contains(&family) {
-                        without_v6(&format!("{program} is not installed"));
-                        served.retain(|served| *served != family);
-                    }
-                }
-                Err(error @ iptables::Error::Missing { .. }) => {
-                    if pathways.iter().any(Pathway::wants_connmark) && goal == Goal::Add {
-                        return Err(error.into());
-                    }
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        if goal == Goal::Del {
-            notes.clear();
-        }
         Ok(Self {
+            goal,
             netlink: Netlink::open()?,
+            firewalls: Firewalls::open(firewall, &families)?,
             families,
-            served,
-            tools,
-            notes,
         })
     }
 
     async fn read(&self, pathways: &[Pathway]) -> Result<Reading, Error> {
+        let firewall = self.firewalls.read().await?;
+        let backend = self.firewalls.backend(&firewall);
+        let mut notes = Vec::new();
+        let served = self.served(pathways, backend, &mut notes)?;
+        let facts = self.facts(pathways, served, backend).await?;
+        let any_lines = || pathways.iter().any(|pathway| wants_lines(pathway, &facts));
+        if self.goal == Goal::Add && any_lines() {
+            self.firewalls.require(backend, Family::V4)?;
+        }
+        Ok(Reading {
+            present: self.present(pathways, firewall).await?,
+            facts,
+            notes,
+        })
+    }
+
+    /// The families that pathways are served in.
+    fn served(
+        &self,
+        pathways: &[Pathway],
+        backend: Backend,
+        notes: &mut Vec<String>,
+    ) -> Result<Vec<Family>, Error> {
+        let connmark = |pathway: &Pathway| pathway.connmark != ConnmarkMode::Off;
+        // the kernel asks the interface's own switch, and `all` writes through to it
+        let why = if !self.families.contains(&Family::V6) {
+            "this kernel runs without IPv6".to_owned()
+        } else if switch("/proc/sys/net/ipv6/conf/lo/disable_ipv6")? {
+            "IPv6 is switched off (net.ipv6.conf.lo.disable_ipv6)".to_owned()
+        } else if self.goal == Goal::Add
+            && pathways.iter().any(connmark)
+            && self.firewalls.require(backend, Family::V4).is_ok()
+            && let Err(firewall::Error::Missing { program, .. }) =
+                self.firewalls.require(backend, Family::V6)
+        {
+            format!("{program} is not installed")
+        } else {
+            return Ok(Family::BOTH.to_vec());
+        };
+        if self.goal == Goal::Add {
+            notes.push(format!("{why}: the pathways serve IPv4 only"));
+        }
+        Ok(vec![Family::V4])
+    }
+
+    async fn facts(
+        &self,
+        pathways: &[Pathway],
+        families: Vec<Family>,
+        backend: Backend,
+    ) -> Result<Facts, Error> {
         let mut facts = Facts {
-            families: self.served.clone(),
+            families,
             route_localnet: switch("/proc/sys/net/ipv4/conf/all/route_localnet")?,
             default_route: Vec::new(),
             own: BTreeSet::new(),
+            backend,
         };
         for (family, to) in Family::BOTH.into_iter().zip(ANYWHERE) {
-            if !self.served.contains(&family) {
+            if !facts.families.contains(&family) {
                 continue;
             }
             let lookup = self.netlink.lookup(to).await?;
@@ -308,21 +322,24 @@ impl Host {
         for target in pathways.iter().flat_map(|pathway| &pathway.targets) {
             let single = target.prefix_len() == target.max_prefix_len();
             if single
-                && self.served.contains(&Family::of(target.addr()))
+                && facts.families.contains(&Family::of(target.addr()))
                 && self.netlink.lookup(target.addr()).await? == Lookup::Local
             {
                 facts.own.insert(target.addr());
             }
         }
-        Ok(Reading {
-            facts,
-            present: self.present(pathways).await?,
-            notes: self.notes.clone(),
-        })
+        Ok(facts)
     }
 
-    async fn present(&self, pathways: &[Pathway]) -> Result<Present, Error> {
-        let mut present = Present::default();
+    async fn present(
+        &self,
+        pathways: &[Pathway],
+        firewall: firewall::Found,
+    ) -> Result<Present, Error> {
+        let mut present = Present {
+            firewall,
+            ..Present::default()
+        };
         for &family in &self.families {
             let rules = self.netlink.rules(family).await?;
             present.rules.extend(rules.plain);
@@ -346,9 +363,6 @@ impl Host {
                     .routes
                     .extend(self.netlink.routes(family, of).await?);
             }
-        }
-        for (_, tools) in &self.tools {
-            present.firewall.extend(iptables::read(tools).await?);
         }
         Ok(present)
     }
@@ -374,31 +388,15 @@ impl Host {
             [Step::AddRoute(route)] => self.netlink.add_route(route).await?,
             [Step::AdoptRoute { route, .. }] => self.netlink.replace_route(route).await?,
             [Step::DelRoute(route)] => self.netlink.del_route(route).await?,
-            // "did not" means that somebody else uses it by now: then it is theirs
-            [Step::DropChain { family, chain, .. }] => {
-                iptables::drop_chain(*family, *chain)?;
-            }
-            [Step::DropTable { family }] => {
-                iptables::drop_table(*family)?;
-            }
-            [Step::InsertLine(line) | Step::DelLine(line), ..] => {
-                let tool = self
-                    .tools
-                    .iter()
-                    .flat_map(|(_, tools)| tools)
-                    .find(|tool| *tool.program() == line.program);
-                if let Some(tool) = tool {
-                    tool.write(batch).await?;
-                }
-            }
-            _ => {}
+            _ => self.firewalls.write(batch).await?,
         }
         Ok(())
     }
 
     /// Reads back, and plans again with the same facts: nothing may be left to do.
     async fn verify(&self, goal: Goal, pathways: &[Pathway], facts: &Facts) -> Result<(), Error> {
-        let present = self.present(pathways).await?;
+        let firewall = self.firewalls.read().await?;
+        let present = self.present(pathways, firewall).await?;
         let Plan { changes, .. } = plan::plan(goal, pathways, facts, &present);
         match changes.first() {
             None => Ok(()),
@@ -440,8 +438,8 @@ impl Host {
         }
         for (_, family, chain) in made {
             let dropped = match chain {
-                Some(chain) => iptables::drop_chain(family, chain),
-                None => iptables::drop_table(family),
+                Some(chain) => firewall::drop_chain(family, chain),
+                None => firewall::drop_table(family),
             };
             if let Err(error) = dropped {
                 tracing::error!(%error, "cannot take back");
@@ -457,12 +455,4 @@ impl Host {
             source,
         }
     }
-}
-
-fn same_transaction(left: &Step, right: &Step) -> bool {
-    let program = |step: &Step| match step {
-        Step::InsertLine(line) | Step::DelLine(line) => Some(line.program.clone()),
-        _ => None,
-    };
-    program(left).is_some() && program(left) == program(right)
 }

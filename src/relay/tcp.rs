@@ -17,9 +17,9 @@ use super::report::{LastError, Limiter};
 use super::settings::Settings;
 use super::spread::{Arrivals, Spread};
 use super::view::Query;
-use super::worker::{Common, Worker, accept_from};
+use super::worker::{Common, Worker, accept_from, take_queue};
 use super::workers::{Shared, Workers};
-use crate::socket::stream::StreamListener;
+use crate::socket::stream::{Acceptor, StreamListener};
 
 /// Why a relay could not start, or ended by itself.
 #[derive(Debug, thiserror::Error)]
@@ -245,9 +245,14 @@ async fn work(
     } = part;
     let worker = Worker::new(shared, common, number);
     tokio::task::spawn_local(Rc::clone(&worker).answer(queries));
+    let listeners = listeners
+        .into_iter()
+        .map(|listener| Acceptor::new(listener).map(Rc::new))
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(Error::Start)?;
     let mut accepting = JoinSet::new();
-    for listener in listeners {
-        accepting.spawn_local(accept_from(Rc::clone(&worker), listener));
+    for listener in &listeners {
+        accepting.spawn_local(accept_from(Rc::clone(&worker), Rc::clone(listener)));
     }
     // each branch can be dropped and tried again: nothing is taken before it is chosen
     loop {
@@ -261,8 +266,9 @@ async fn work(
             Some(accepted) = arrivals.recv() => worker.take_over(accepted),
         }
     }
-    // closes the listeners
     accepting.shutdown().await;
+    let listeners = listeners.into_iter().filter_map(Rc::into_inner);
+    listeners.for_each(|listener| take_queue(&worker, &listener));
     // a worker that has not heard of the drain yet keeps from here on what it accepts
     arrivals.close();
     while let Some(accepted) = arrivals.recv().await {

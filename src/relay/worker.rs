@@ -17,7 +17,7 @@ use arc_swap::{ArcSwap, Guard};
 use nix::errno::Errno;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
-use tracing::{Span, debug, info_span};
+use tracing::{Span, debug, info_span, warn};
 
 use super::copy::{self, End, Pair, Side};
 use super::counters::{Counters, Refusal};
@@ -31,7 +31,7 @@ use super::view::{Ask, Query, Reason};
 use super::workers::Shared;
 use crate::model::ProxyAddr;
 use crate::socket;
-use crate::socket::stream::{Acceptor, StreamListener};
+use crate::socket::stream::Acceptor;
 
 /// After how many accepts in a row the connections get their turn.
 const ACCEPTS_PER_TURN: u32 = 32;
@@ -151,11 +151,7 @@ impl Worker {
 /// Accepts until the listener itself fails; everything else is survived.
 ///
 /// Cancel-safe: a connection is taken off the queue and spawned, or handed over, without a wait between.
-pub(super) async fn accept_from(worker: Rc<Worker>, listener: Arc<StreamListener>) -> io::Error {
-    let listener = match Acceptor::new(listener) {
-        Ok(listener) => listener,
-        Err(error) => return error,
-    };
+pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<Acceptor>) -> io::Error {
     let port = listener.port();
     let mut in_a_row = 0;
     let mut pause = FIRST_PAUSE;
@@ -163,11 +159,7 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: Arc<StreamListener
         match listener.accept().await {
             Ok((socket, peer)) => {
                 pause = FIRST_PAUSE;
-                let accepted = Accepted { socket, peer, port };
-                match worker.common.spread.elsewhere(worker.number) {
-                    None => adopt(&worker, accepted),
-                    Some(to) => hand_over(&worker, to, accepted),
-                }
+                place(&worker, Accepted { socket, peer, port });
                 in_a_row += 1;
                 if in_a_row >= ACCEPTS_PER_TURN {
                     in_a_row = 0;
@@ -193,6 +185,32 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: Arc<StreamListener
                 Trouble::Listener => return error,
             },
         }
+    }
+}
+
+/// Takes what the kernel has completed already, before the listener is closed: it would reset them.
+/// Never waits.
+pub(super) fn take_queue(worker: &Rc<Worker>, listener: &Acceptor) {
+    let port = listener.port();
+    loop {
+        match listener.accept_now() {
+            Ok((socket, peer)) => place(worker, Accepted { socket, peer, port }),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) if Trouble::of(&error) == Trouble::Connection => {}
+            Err(error) => {
+                let _named = worker.span.enter();
+                warn!(%error, "connections that were not accepted yet are lost");
+                return;
+            }
+        }
+    }
+}
+
+/// Keeps a connection here, or gives it to the least busy worker.
+fn place(worker: &Rc<Worker>, accepted: Accepted) {
+    match worker.common.spread.elsewhere(worker.number) {
+        None => adopt(worker, accepted),
+        Some(to) => hand_over(worker, to, accepted),
     }
 }
 

@@ -6,12 +6,13 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
+use nix::errno::Errno;
 use socket2::{Domain, Socket, Type};
 
 use super::stream::StreamListener;
-use super::udp::udp_listeners;
+use super::udp::{one_more_udp_listener, udp_listeners};
 use super::unix::unix_listener;
-use super::{Failure, adopt_listener, tcp_listeners};
+use super::{Failure, adopt_listener, sharing_listener, tcp_listeners};
 use crate::model::{Endpoint, InstanceOptions, ListenAddr, Protocol, SocketMode};
 
 /// A bound socket.
@@ -63,7 +64,7 @@ impl Listening {
         };
         Ok(match options.protocol {
             Protocol::Tcp => {
-                let bound = tcp_listeners(addr, count).map_err(|error| fail(error.failure))?;
+                let bound = tcp_listeners(addr, count).map_err(|error| fail(error.into()))?;
                 let sockets = bound
                     .sockets
                     .into_iter()
@@ -71,7 +72,7 @@ impl Listening {
                 (sockets.collect(), bound.address_missing)
             }
             Protocol::Udp => {
-                let bound = udp_listeners(addr, count).map_err(|error| fail(error.failure))?;
+                let bound = udp_listeners(addr, count).map_err(|error| fail(error.into()))?;
                 let sockets = bound.sockets.into_iter().map(Self::Udp);
                 (sockets.collect(), bound.address_missing)
             }
@@ -114,6 +115,36 @@ impl Listening {
             return Ok(bound.then_some(Self::Udp(socket)));
         }
         Ok(None)
+    }
+
+    /// One more for the same address: a socket of its own where the kernel shares the address out
+    /// (`SO_REUSEPORT`). Where it does not, because systemd bound it, this TCP socket once more.
+    ///
+    /// # Errors
+    /// When descriptors run out, or UDP's address is not shared.
+    pub fn another(&self) -> Result<Self, Failure> {
+        let (_, endpoint) = self
+            .place()
+            .map_err(Failure::at("read the bound address"))?;
+        let own = match (self, endpoint) {
+            (Self::Udp(_), Endpoint::Inet(addr)) => {
+                return Ok(Self::Udp(one_more_udp_listener(addr)?));
+            }
+            (Self::Stream(StreamListener::Tcp(_)), Endpoint::Inet(addr)) => sharing_listener(addr),
+            // its file has one socket
+            _ => Err(Failure::at("bind")(io::Error::from_raw_os_error(
+                libc::EADDRINUSE,
+            ))),
+        };
+        match (self, own) {
+            (Self::Stream(listener), Err(failure))
+                if failure.errno() == Some(Errno::EADDRINUSE) =>
+            {
+                let same = listener.try_clone();
+                Ok(Self::Stream(same.map_err(Failure::at("share a listener"))?))
+            }
+            (_, own) => Ok(Self::Stream(own?.into())),
+        }
     }
 
     /// Where it listens.

@@ -118,6 +118,14 @@ impl Acceptor {
         &self.watched.get_ref().0
     }
 
+    /// Takes a connection that is there, or `WouldBlock`.
+    ///
+    /// # Errors
+    /// As `accept(2)`.
+    pub fn accept_now(&self) -> io::Result<(TcpStream, ProxyAddr)> {
+        accept(self.listener())
+    }
+
     /// Waits for a connection and takes it: non-blocking, with its sender. Cancel-safe.
     ///
     /// # Errors

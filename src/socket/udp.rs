@@ -40,28 +40,33 @@ pub struct UdpListeners {
 /// # Errors
 /// When the address is in use, also by another program that set `SO_REUSEPORT`, or cannot be bound.
 pub fn udp_listeners(addr: ListenAddr, count: NonZeroUsize) -> Result<UdpListeners, ListenError> {
-    let fail = |failure| ListenError { addr, failure };
+    let fail = ListenError::on(addr);
     // bound without SO_REUSEPORT, with which a second program would silently get half of the datagrams, and
     // shared only then
-    let (first, address_missing) = bound_socket(addr.get(), Sharing::Exclusive).map_err(fail)?;
+    let (first, address_missing) = bound_socket(addr.get(), Sharing::Exclusive).map_err(&fail)?;
     let bound = first
         .local_addr()
         .map_err(Failure::at("read the bound address"))
-        .map_err(fail)?;
+        .map_err(&fail)?;
     SockRef::from(&first)
         .set_reuse_port(true)
         .map_err(Failure::at("set SO_REUSEPORT"))
-        .map_err(fail)?;
+        .map_err(&fail)?;
     let others =
         (1..count.get()).map(|_| bound_socket(bound, Sharing::ReusePort).map(|(socket, _)| socket));
     let sockets = std::iter::once(Ok(first))
         .chain(others)
         .collect::<Result<Vec<_>, _>>()
-        .map_err(fail)?;
+        .map_err(&fail)?;
     Ok(UdpListeners {
         sockets,
         address_missing,
     })
+}
+
+/// One more on an address that others of this user share with `SO_REUSEPORT`.
+pub(super) fn one_more_udp_listener(addr: SocketAddr) -> Result<UdpSocket, Failure> {
+    bound_socket(addr, Sharing::ReusePort).map(|(socket, _)| socket)
 }
 
 fn bound_socket(addr: SocketAddr, sharing: Sharing) -> Result<(UdpSocket, bool), Failure> {

@@ -2,7 +2,7 @@
 //! and agreement with two other decoders.
 
 mod differential;
-mod generate;
+pub(crate) mod generate;
 pub(crate) mod laws;
 
 use std::collections::HashSet;

@@ -15,6 +15,7 @@ mod probe;
 mod relay;
 #[cfg(feature = "soak")]
 mod soak;
+mod succession;
 mod supervisor;
 #[cfg(feature = "soak")]
 mod supervisor_soak;

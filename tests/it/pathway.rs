@@ -16,7 +16,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use mmproxyctl::model::{Mark, Pathway};
-use mmproxyctl::pathway::{self, Options, Report};
+use mmproxyctl::pathway::{self, Firewall, Options, Report};
 use mmproxyctl::runtime_dir::RuntimeDir;
 use serde_json::Value;
 
@@ -140,6 +140,7 @@ pub(crate) fn options(host: &Host) -> Options {
         dry_run: false,
         runtime_dir: RuntimeDir::resolve(Some(host.dir().join("run"))),
         lock_timeout: Duration::from_secs(20),
+        firewall: Firewall::Auto,
     }
 }
 

@@ -15,12 +15,12 @@ const PATHWAYS: &str = "123\n124\n";
 const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 7);
 
 /// A host with services on loopback that send everything back, with their port in front.
-struct Lab {
-    host: Host,
+pub(crate) struct Lab {
+    pub(crate) host: Host,
 }
 
 impl Lab {
-    fn new(services: &[u16]) -> Self {
+    pub(crate) fn new(services: &[u16]) -> Self {
         let lab = Self {
             host: Host::new("wks01"),
         };
@@ -35,12 +35,12 @@ impl Lab {
         lab
     }
 
-    fn allow(&self, text: &str) {
+    pub(crate) fn allow(&self, text: &str) {
         self.host.write("etc/allow.txt", text);
     }
 
     /// Writes `name mark listen-port target-port` lines as instances.tsv.
-    fn instances(&self, lines: &[(&str, u8, u16, u16)]) {
+    pub(crate) fn instances(&self, lines: &[(&str, u8, u16, u16)]) {
         let text: String = lines
             .iter()
             .map(|(name, mark, listen, target)| {
@@ -50,7 +50,7 @@ impl Lab {
         self.host.write("etc/instances.tsv", text);
     }
 
-    fn run(&self, words: &str) -> Running {
+    pub(crate) fn run(&self, words: &str) -> Running {
         let running = self
             .host
             .spawn(self.host.mmproxyctl(&format!("run {words}")));
@@ -58,12 +58,12 @@ impl Lab {
         running
     }
 
-    fn ctl(&self, words: &str) -> Output {
+    pub(crate) fn ctl(&self, words: &str) -> Output {
         self.host.mmproxyctl(words).output().expect("mmproxyctl")
     }
 
     /// Reloads and returns what `--json` says of the one process there is.
-    fn reload(&self, process: &str) -> serde_json::Value {
+    pub(crate) fn reload(&self, process: &str) -> serde_json::Value {
         let output = self.ctl("reload --json");
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "{text}{}", stderr(&output));
@@ -71,12 +71,12 @@ impl Lab {
         json[process].clone()
     }
 
-    fn proxied(&self, port: u16, client_port: u16) -> std::io::Result<Proxied> {
+    pub(crate) fn proxied(&self, port: u16, client_port: u16) -> std::io::Result<Proxied> {
         self.host.enter(|| Proxied::open(port, client_port))
     }
 }
 
-fn stderr(output: &Output) -> String {
+pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
@@ -101,14 +101,14 @@ fn echo(listener: &TcpListener, port: u16) {
 }
 
 /// A connection as the proxy makes it.
-struct Proxied {
-    stream: TcpStream,
+pub(crate) struct Proxied {
+    pub(crate) stream: TcpStream,
     /// The port of the service at its far end.
-    service: u16,
+    pub(crate) service: u16,
 }
 
 impl Proxied {
-    fn open(port: u16, client_port: u16) -> std::io::Result<Self> {
+    pub(crate) fn open(port: u16, client_port: u16) -> std::io::Result<Self> {
         let addr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
         let mut stream = TcpStream::connect_timeout(&addr, Duration::from_secs(5))?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -127,7 +127,7 @@ impl Proxied {
         Ok(Self { stream, service })
     }
 
-    fn echo(&mut self, text: &str) {
+    pub(crate) fn echo(&mut self, text: &str) {
         self.stream.write_all(text.as_bytes()).expect("write");
         let mut back = vec![0; text.len()];
         self.stream
@@ -136,7 +136,7 @@ impl Proxied {
         assert_eq!(back, text.as_bytes());
     }
 
-    fn close(self) {
+    pub(crate) fn close(self) {
         self.stream.shutdown(Shutdown::Both).expect("close");
     }
 }
@@ -319,14 +319,14 @@ fn the_allow_list_takes_effect_at_once() {
 }
 
 /// Connects without a pause until told to stop; each one must reach the service.
-struct Traffic {
+pub(crate) struct Traffic {
     stop: Arc<AtomicBool>,
     served: Arc<AtomicU64>,
     thread: Option<std::thread::JoinHandle<Result<(), String>>>,
 }
 
 impl Traffic {
-    fn start(lab: &Lab, port: u16) -> Self {
+    pub(crate) fn start(lab: &Lab, port: u16) -> Self {
         let (stop, served) = (
             Arc::new(AtomicBool::new(false)),
             Arc::new(AtomicU64::new(0)),
@@ -353,7 +353,7 @@ impl Traffic {
     }
 
     /// Waits until some more were served.
-    fn flows(&self) {
+    pub(crate) fn flows(&self) {
         let before = self.served.load(Ordering::Relaxed);
         wait_for("traffic", || {
             let failed = self
@@ -364,7 +364,7 @@ impl Traffic {
         });
     }
 
-    fn finish(mut self) {
+    pub(crate) fn finish(mut self) {
         self.flows();
         self.stop.store(true, Ordering::Relaxed);
         let thread = self.thread.take().expect("runs");
@@ -373,87 +373,6 @@ impl Traffic {
             .expect("traffic")
             .expect("every connection is served");
     }
-}
-
-#[test]
-fn an_upgrade_under_traffic_refuses_and_drops_nothing() {
-    let lab = Lab::new(&[9001]);
-    lab.instances(&[("a", 123, 2001, 9001)]);
-    let mut first = lab.run("--all --manage-pathways");
-    let mut open = lab.proxied(2001, 9).expect("relayed");
-    let traffic = Traffic::start(&lab, 2001);
-    traffic.flows();
-    let mut pid = u64::try_from(first.pid().as_raw()).expect("pid");
-    for _ in 0..2 {
-        let output = lab.ctl("upgrade --json");
-        assert!(output.status.success(), "{}", stderr(&output));
-        let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
-        assert_eq!(json["all"]["from"], pid);
-        pid = json["all"]["to"].as_u64().expect("pid");
-        traffic.flows();
-        // the successor answers and the old one keeps its connection
-        assert_eq!(lab.reload("all")["unchanged"], 1);
-        open.echo("still there");
-    }
-    traffic.finish();
-    open.echo("and still");
-    let again = lab.ctl("run a --no-check");
-    assert!(String::from_utf8_lossy(&again.stdout).contains(&format!("pid {pid}")));
-    open.close();
-    assert!(first.wait(Duration::from_secs(5)).success());
-    // its pathways are the successor's to remove
-    assert!(lab.host.ip("rule").contains("fwmark 0x7b"));
-    let last = nix::unistd::Pid::from_raw(i32::try_from(pid).expect("pid"));
-    nix::sys::signal::kill(last, Signal::SIGTERM).expect("end the successor");
-    wait_for("the end of the successor", || {
-        nix::sys::signal::kill(last, None).is_err()
-    });
-    assert!(!lab.host.ip("rule").contains("fwmark"));
-}
-
-#[test]
-fn an_upgrade_that_would_lose_an_instance_changes_nothing() {
-    let lab = Lab::new(&[9001, 9002]);
-    lab.instances(&[("a", 123, 2001, 9001), ("b", 124, 2002, 9002)]);
-    assert!(lab.ctl("pathway add-all").status.success());
-    let running = lab.run("--all");
-    // the new process would not start b on a pathway that is gone
-    assert!(lab.ctl("pathway del 124").status.success());
-    let output = lab.ctl("upgrade");
-    assert_eq!(output.status.code(), Some(1));
-    assert!(
-        stderr(&output).contains("mark 124, is not in place"),
-        "{}",
-        stderr(&output)
-    );
-    assert!(lab.ctl("pathway add 124").status.success());
-    assert_eq!(lab.reload("all")["unchanged"], 2);
-    for (port, service) in [(2001, 9001), (2002, 9002)] {
-        assert_eq!(
-            lab.proxied(port, 39000 + port).expect("relayed").service,
-            service
-        );
-    }
-    drop(running);
-}
-
-#[test]
-fn an_upgrade_that_fails_changes_nothing() {
-    let lab = Lab::new(&[9001]);
-    lab.instances(&[("a", 123, 2001, 9001)]);
-    let running = lab.run("--all --manage-pathways");
-    lab.host.write("etc/instances.tsv", "a 123 nonsense\n");
-    let output = lab.ctl("upgrade");
-    assert_eq!(output.status.code(), Some(1));
-    assert!(
-        stderr(&output).contains("instances.tsv:1"),
-        "{}",
-        stderr(&output)
-    );
-    assert_eq!(lab.proxied(2001, 40001).expect("relayed").service, 9001);
-    lab.instances(&[("a", 123, 2001, 9001)]);
-    assert_eq!(lab.reload("all")["unchanged"], 1);
-    drop(running);
 }
 
 /// A service of one thread that can hold thousands of connections.

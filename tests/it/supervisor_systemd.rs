@@ -5,9 +5,9 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::chain::deployment::{CLIENT4, Deployment, VPS01, WKS01_PRIVATE};
+use crate::chain::deployment::{CLIENT4, Deployment, VPS01, WKS01_PRIVATE, shipped};
 use crate::support::net::wait_for;
 use crate::systemd::Systemd;
 
@@ -97,6 +97,15 @@ fn override_unit(systemd: &Systemd, text: &str) {
     systemd.run("systemctl daemon-reload");
 }
 
+fn override_instance(systemd: &Systemd, text: &str) {
+    systemd.run("mkdir -p /etc/systemd/system/mmproxy@.service.d");
+    let file = "/etc/systemd/system/mmproxy@.service.d/test.conf";
+    // printf's own %
+    let text = text.replace('%', "%%");
+    systemd.run_script(&format!("printf '[Service]\\n{text}\\n' >{file}"));
+    systemd.run("systemctl daemon-reload");
+}
+
 #[test]
 fn reload_restart_and_upgrade_under_traffic() {
     let lab = Deployment::new();
@@ -157,21 +166,34 @@ fn reload_restart_and_upgrade_under_traffic() {
     assert_eq!(systemd.show(UNIT, "MainPID"), pid);
     systemd.run_script("cat /tmp/good >/etc/mmproxy/instances.tsv");
 
-    // restart: systemd keeps the sockets, nobody is refused
+    // restart: systemd keeps the sockets, nobody is refused, and the session outlives it
     assert_ne!(systemd.show(UNIT, "NFileDescriptorStore"), "0");
-    systemd.run("systemctl restart mmproxy");
-    assert_ne!(systemd.show(UNIT, "MainPID"), pid);
-    traffic.flows();
-
-    // upgrade: the session outlives its process's being the main one
     let mut session = sshd.login(&lab.client, VPS01[0], 22001, Some((CLIENT4, 44001)));
     assert_eq!(session.client, (CLIENT4.to_owned(), 44001));
+    replace_program(&systemd);
+    let begin = Instant::now();
+    systemd.run("systemctl restart mmproxy");
+    // nothing waits for the session
+    assert!(
+        begin.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        begin.elapsed()
+    );
+    assert_ne!(systemd.show(UNIT, "MainPID"), pid);
+    traffic.flows();
+    session.echo("over a restart");
+    let status = systemd.run("mmproxyctl status");
+    assert!(
+        status.contains("draining") && status.contains("running"),
+        "{status}"
+    );
+    let conns = systemd.run(&format!("mmproxyctl conns --client {CLIENT4}:44001"));
+    assert!(conns.contains("vps01-ssh"), "{conns}");
+
+    // upgrade: the same without systemctl
     for number in 0..2 {
         let pid = systemd.show(UNIT, "MainPID");
-        // as a package manager replaces it: another file under the same name
-        systemd.run_script(
-            "cp /usr/local/bin/mmproxyctl /tmp/new; mv /tmp/new /usr/local/bin/mmproxyctl",
-        );
+        replace_program(&systemd);
         systemd.run("mmproxyctl upgrade all");
         wait_for("systemd to know the new main process", || {
             systemd.show(UNIT, "MainPID") != pid
@@ -186,14 +208,40 @@ fn reload_restart_and_upgrade_under_traffic() {
     assert_eq!(systemd.run(&executable), "/usr/local/bin/mmproxyctl\n");
     traffic.finish();
     session.echo("to the end");
-    session.close();
+
+    // a stop is for the old processes, too: they have the drain time, which the session outlasts
+    override_unit(
+        &systemd,
+        "ExecStart=\\nExecStart=mmproxyctl run --all --keep-sessions --drain-timeout 1s",
+    );
+    systemd.run("systemctl restart mmproxy");
+    session.echo("over the last restart");
+    let begin = Instant::now();
     systemd.run("systemctl stop mmproxy");
+    assert!(
+        begin.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        begin.elapsed()
+    );
     assert_eq!(
         systemd.show(UNIT, "Result"),
         "success",
         "{}",
         systemd.journal()
     );
+}
+
+/// As a package manager does it: another file under the same name.
+fn replace_program(systemd: &Systemd) {
+    systemd
+        .run_script("cp /usr/local/bin/mmproxyctl /tmp/new; mv /tmp/new /usr/local/bin/mmproxyctl");
+}
+
+/// The process that relays, beside the main one.
+fn relaying(systemd: &Systemd) -> String {
+    let status = systemd.run("mmproxyctl status --json");
+    let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
+    status[0]["pid"].to_string()
 }
 
 #[test]
@@ -207,10 +255,80 @@ fn a_stopped_process_is_killed_by_the_watchdog() {
     // pings keep it alive for longer than the limit
     std::thread::sleep(Duration::from_millis(2500));
     assert_eq!(systemd.show(UNIT, "MainPID"), pid, "{}", systemd.journal());
-    systemd.run(&format!("kill -STOP {pid}"));
+    let stuck = relaying(&systemd);
+    assert_ne!(stuck, pid);
+    systemd.run(&format!("kill -STOP {stuck}"));
     wait_for("the watchdog", || {
         systemd.show(UNIT, "NRestarts") == "1" && systemd.show(UNIT, "ActiveState") == "active"
     });
     assert_ne!(systemd.show(UNIT, "MainPID"), pid);
+    assert_ne!(relaying(&systemd), stuck);
     lab.vps01.enter(|| fetch(40001)).expect("served again");
+}
+
+#[test]
+fn a_socket_unit_starts_the_relay_of_its_name() {
+    let lab = Deployment::new();
+    let sshd = lab.sshd();
+    let _proxies = lab.haproxies();
+    let systemd = Systemd::boot(&lab.wks01);
+    let unit = "mmproxy@vps01-ssh.socket";
+    let example = format!("examples/socket-activation/{unit}");
+    let text = std::fs::read_to_string(shipped(&example)).expect("the example");
+    systemd.write(&format!("/etc/systemd/system/{unit}"), &text);
+    // -v: a line for each connection that ended
+    override_instance(
+        &systemd,
+        "ExecStart=\\nExecStart=mmproxyctl -v run %i --keep-sessions",
+    );
+    systemd.run(&format!("systemctl start {unit}"));
+    let service = "mmproxy@vps01-ssh.service";
+    assert_eq!(systemd.show(service, "ActiveState"), "inactive");
+
+    let mut session = sshd.login(&lab.client, VPS01[0], 22001, Some((CLIENT4, 44001)));
+    assert_eq!(session.client, (CLIENT4.to_owned(), 44001));
+    assert_eq!(systemd.show(service, "ActiveState"), "active");
+    // every worker takes part in the one socket
+    let journal = systemd.journal();
+    let relaying = journal
+        .lines()
+        .find(|line| line.contains("relaying instance"));
+    let relaying = relaying.unwrap_or_else(|| panic!("{journal}"));
+    let workers = relaying.split("workers=").nth(1).expect("workers");
+    let workers = workers.split(' ').next().expect("a number");
+    assert!(
+        relaying.contains(&format!("listeners={workers}")),
+        "{relaying}"
+    );
+
+    systemd.run("systemctl restart mmproxy@vps01-ssh.service");
+    session.echo("over a restart");
+    let other = sshd.login(&lab.client, VPS01[0], 22001, None);
+    other.close();
+    session.close();
+
+    // the journal was chosen because stderr is its stream, and has each client by name
+    wait_for("the end of the session in the journal", || {
+        let lines = systemd.run(&format!("journalctl CLIENT={CLIENT4} --no-pager -o cat"));
+        lines.contains(&format!("vps01-ssh: closed client.addr={CLIENT4}:44001"))
+    });
+    let lines = systemd.run("journalctl CLIENT=203.0.113.99 --no-pager -q -o cat");
+    assert_eq!(lines, "");
+
+    // a socket under a name that is no instance's is refused by name
+    systemd.run(&format!("systemctl stop {unit} {service}"));
+    let wrong = text.replace(
+        "FileDescriptorName=vps01-ssh",
+        "FileDescriptorName=vps01-shh",
+    );
+    systemd.write(&format!("/etc/systemd/system/{unit}"), &wrong);
+    systemd.run("systemctl daemon-reload");
+    systemd.run(&format!("systemctl start {unit}"));
+    let _ = lab
+        .vps01
+        .enter(|| TcpStream::connect((WKS01_PRIVATE, 2222)));
+    wait_for("the name to be said", || {
+        let journal = systemd.journal();
+        journal.contains("a socket whose name is no instance's") && journal.contains("vps01-shh")
+    });
 }

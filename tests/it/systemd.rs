@@ -73,7 +73,7 @@ impl Systemd {
     }
 
     /// Writes a file that its services see.
-    fn write(&self, path: &str, text: &str) {
+    pub(crate) fn write(&self, path: &str, text: &str) {
         let root = format!("/proc/{}/root{path}", self.init);
         fs::write(root, text).expect("write file");
     }

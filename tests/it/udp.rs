@@ -1,13 +1,18 @@
 //! The UDP relay on the real kernel: senders of each kind, a service that records who asks.
 
 mod cells;
+mod decoders;
 mod dns;
 mod every;
 mod first;
 pub(crate) mod lab;
+pub(crate) mod laws;
 mod limits;
 mod owes;
 mod packets;
+#[cfg(feature = "soak")]
+mod quic;
 mod run;
 mod spp;
+mod view;
 mod workers;

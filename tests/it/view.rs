@@ -3,6 +3,7 @@
 
 mod journal;
 mod metrics;
+mod pipe;
 mod terminal;
 
 use std::io::{Read, Write};

@@ -18,7 +18,7 @@ use crate::pathway;
 use crate::resolve::Resolver;
 use crate::runtime_dir::Attempt;
 use crate::socket::unix::remove_socket_file;
-use crate::supervisor::{State, Status, Supervisor};
+use crate::supervisor::{State, Status, Supervisor, Task};
 use crate::systemd;
 
 /// How long another run may hold the pathways' lock.
@@ -246,7 +246,7 @@ impl Fleet {
         self.world.configuration.replace(after);
         self.world.instances.set(wanted.len());
         *self.specs.borrow_mut() = wanted;
-        self.follow(&difference, &present, &mut changes).await;
+        self.follow(&difference, &mut changes).await;
         if self.manage_pathways {
             let gone = |pathway: &&Pathway| changes.pathways_disappeared.contains(&pathway.mark);
             self.remove(&old.iter().filter(gone).cloned().collect::<Vec<_>>())
@@ -255,7 +255,7 @@ impl Fleet {
         Ok(changes)
     }
 
-    async fn follow(&self, difference: &Difference, present: &Specs, changes: &mut Changes) {
+    async fn follow(&self, difference: &Difference, changes: &mut Changes) {
         let Difference {
             start,
             stop,
@@ -280,7 +280,7 @@ impl Fleet {
             self.supervisor.borrow_mut().drain(name);
         }
         for name in set {
-            self.set(name, present, changes).await;
+            self.set(name, changes).await;
         }
         for name in start.iter().chain(replace) {
             self.keep(name);
@@ -297,7 +297,7 @@ impl Fleet {
     }
 
     /// Has a relay treat new connections by its new line, on the sockets it has.
-    async fn set(&self, name: &str, present: &Specs, changes: &mut Changes) {
+    async fn set(&self, name: &str, changes: &mut Changes) {
         let Some(Spec { instance, allow }) = self.specs.borrow().get(name).cloned() else {
             return;
         };
@@ -306,15 +306,6 @@ impl Fleet {
             self.keep(name);
             return;
         };
-        let listeners = instance.options.listeners;
-        if present
-            .get(name)
-            .is_some_and(|before| before.instance.options.listeners != listeners)
-        {
-            changes.notes.push(format!(
-                "{name}: listeners= takes effect when it is started anew"
-            ));
-        }
         relay.server.set(&instance, allow);
         if !self.world.no_check
             && let Err(error) = self.world.in_place(instance.mark).await
@@ -379,6 +370,7 @@ impl Fleet {
             dry_run: false,
             runtime_dir: self.world.runtime_dir.clone(),
             lock_timeout: LOCK_LIMIT,
+            firewall: self.world.firewall,
         }
     }
 
@@ -415,6 +407,14 @@ impl Fleet {
             .statuses()
             .map(|(name, status)| (name.to_owned(), status))
             .collect()
+    }
+
+    /// Connections and flows that are open, those of relays that drain included.
+    pub(super) fn active(&self) -> u64 {
+        let supervisor = self.supervisor.borrow();
+        let running = self.statuses();
+        let running = running.iter().filter_map(|(name, _)| supervisor.task(name));
+        running.map(|relay| relay.active()).sum::<u64>() + supervisor.draining()
     }
 
     /// Why those that do not run do not.

@@ -51,8 +51,8 @@ enum Message {
     Control,
     /// That was all.
     End,
-    /// The successor listens.
-    Ready { pid: u32 },
+    /// The successor listens. `main` is its main process towards the service manager.
+    Ready { pid: u32, main: u32 },
     /// The successor does not, and is gone.
     Failed(String),
 }
@@ -73,6 +73,8 @@ pub(super) struct Estate {
 pub(super) struct Successor {
     /// Its process id.
     pub(super) pid: u32,
+    /// Of its main process towards the service manager.
+    pub(super) main: u32,
     _socket: OwnedFd,
 }
 
@@ -91,9 +93,13 @@ pub(super) fn hand_over(program: PathBuf, estate: Estate) -> anyhow::Result<Succ
     // a successor that cannot start closes its end while we still send: its reason is read below
     let sent = send_all(&ours, estate);
     match receive(&ours) {
-        Ok(Some((Message::Ready { pid }, _))) => {
+        Ok(Some((Message::Ready { pid, main }, _))) => {
             sent?;
-            Ok(Successor { pid, _socket: ours })
+            Ok(Successor {
+                pid,
+                main,
+                _socket: ours,
+            })
         }
         Ok(Some((Message::Failed(reason), _))) => bail!("the new process did not start: {reason}"),
         Ok(Some(_)) => bail!("the new process does not understand the handover: another version"),
@@ -236,9 +242,9 @@ impl Inheritance {
 impl Answer {
     /// Tells the process before that it may go, and waits until it has said so to the service manager.
     /// Blocking.
-    pub(super) fn ready(self) -> io::Result<()> {
+    pub(super) fn ready(self, main: u32) -> io::Result<()> {
         let pid = std::process::id();
-        send(&self.0, &Message::Ready { pid }, &[])?;
+        send(&self.0, &Message::Ready { pid, main }, &[])?;
         receive(&self.0).map(|_| ())
     }
 

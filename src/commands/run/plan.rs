@@ -24,7 +24,7 @@ pub(super) struct Difference {
     pub(super) stop: Vec<String>,
     /// On the same sockets, treated otherwise from now on.
     pub(super) set: Vec<String>,
-    /// On another address: a new relay, while the old one drains.
+    /// On another address, or on more or fewer sockets: a new relay, while the old one drains.
     pub(super) replace: Vec<String>,
     /// As before.
     pub(super) unchanged: Vec<String>,
@@ -58,6 +58,7 @@ fn same_sockets(before: &Spec, after: &Spec) -> bool {
     before.instance.listen == after.instance.listen
         && file(before) == file(after)
         && before.instance.options.protocol == after.instance.options.protocol
+        && before.instance.options.listeners == after.instance.options.listeners
 }
 
 #[cfg(test)]
@@ -90,6 +91,7 @@ mod tests {
             spec("moved", 3),
             spec("retargeted", 4),
             spec("believes-others", 5),
+            spec("wider", 6),
         ]);
         let mut wanted = Specs::from([spec("kept", 2), spec("moved", 30), spec("new", 1)]);
         let (name, mut retargeted) = spec("retargeted", 4);
@@ -98,6 +100,9 @@ mod tests {
         let (name, mut believing) = spec("believes-others", 5);
         believing.allow = Arc::new(AllowList::new([parse_prefix("10.0.0.2").unwrap()]).unwrap());
         wanted.insert(name, believing);
+        let (name, mut wider) = spec("wider", 6);
+        wider.instance.options.listeners = Some(4.try_into().unwrap());
+        wanted.insert(name, wider);
         let names = |names: &[&str]| {
             names
                 .iter()
@@ -110,7 +115,7 @@ mod tests {
                 start: names(&["new"]),
                 stop: names(&["gone"]),
                 set: names(&["believes-others", "retargeted"]),
-                replace: names(&["moved"]),
+                replace: names(&["moved", "wider"]),
                 unchanged: names(&["kept"]),
             }
         );

@@ -7,12 +7,12 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::plan::Spec;
 use crate::config::Configuration;
 use crate::model::{Endpoint, Instance, Mark, Pathway};
-use crate::pathway;
+use crate::pathway::{self, Firewall};
 use crate::relay::server::{Error, Server};
 use crate::relay::workers::Workers;
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
@@ -40,6 +40,8 @@ pub(super) struct World {
     pub(super) runtime_dir: RuntimeDir,
     /// Start although the pathway may not be in place.
     pub(super) no_check: bool,
+    /// What gives replies their mark.
+    pub(super) firewall: Firewall,
     /// As last read without a mistake.
     pub(super) configuration: RefCell<Rc<Configuration>>,
     /// How many instances this process has.
@@ -93,7 +95,7 @@ impl World {
         let looked = match look.take() {
             Some(look) if look.at.elapsed() < FRESH && Rc::ptr_eq(&look.of, &configuration) => look,
             _ => Look {
-                missing: missing(&configuration.pathways).await?,
+                missing: missing(&configuration.pathways, self.firewall).await?,
                 at: Instant::now(),
                 of: configuration,
             },
@@ -110,13 +112,17 @@ impl World {
 
     /// The sockets of an instance: for each of its places those that were offered, else new ones.
     fn sockets_of(&self, instance: &Instance) -> anyhow::Result<Vec<Listening>> {
-        let count = self.listeners_of(instance);
         let mut sockets = Vec::new();
         let mut missing = false;
         for endpoint in instance.listen.endpoints() {
             let place = (instance.options.protocol, endpoint);
             let offered = self.offered.borrow_mut().remove(&place);
             let (_, endpoint) = place;
+            // a file has one socket, whoever accepts
+            let count = match &endpoint {
+                Endpoint::Inet(_) => self.listeners_of(instance),
+                Endpoint::Unix(_) => NonZeroUsize::MIN,
+            };
             match offered {
                 Some(offered) if can_be_reached(&endpoint) => {
                     if let Endpoint::Unix(path) = &endpoint {
@@ -125,7 +131,11 @@ impl World {
                         socket::unix::set_access(path, options.socket_mode, owner)
                             .with_context(|| format!("cannot go on listening on {endpoint}"))?;
                     }
-                    sockets.extend(offered);
+                    if offered.len() > count.get() {
+                        // nobody would accept what comes to those that go, as long as systemd keeps them
+                        systemd::forget(instance.name.as_str());
+                    }
+                    sockets.extend(as_many_as(offered, instance, count));
                 }
                 _ => {
                     let (bound, address_missing) =
@@ -168,8 +178,11 @@ fn can_be_reached(endpoint: &Endpoint) -> bool {
     }
 }
 
-async fn missing(pathways: &[Pathway]) -> anyhow::Result<BTreeMap<Mark, String>> {
-    let findings = pathway::check(pathways)
+async fn missing(
+    pathways: &[Pathway],
+    firewall: Firewall,
+) -> anyhow::Result<BTreeMap<Mark, String>> {
+    let findings = pathway::check(pathways, firewall)
         .await
         .context("cannot check the pathways")?;
     let mut missing = BTreeMap::new();
@@ -230,6 +243,29 @@ impl Relay {
     pub(super) fn share_lock(&self) -> Option<std::io::Result<std::os::fd::OwnedFd>> {
         self.lock.borrow().as_ref().map(Lock::share)
     }
+}
+
+/// Makes what was passed the right number: more of the same address, or fewer.
+fn as_many_as(
+    mut sockets: Vec<Listening>,
+    instance: &Instance,
+    count: NonZeroUsize,
+) -> Vec<Listening> {
+    // whoever had them before takes what waits in those that go
+    sockets.truncate(count.get());
+    while sockets.len() < count.get() {
+        match sockets[0].another() {
+            Ok(socket) => sockets.push(socket),
+            Err(error) => {
+                debug!(
+                    instance = %instance.name, listeners = sockets.len(), wanted = count,
+                    error = &error as &dyn std::error::Error, "listening on fewer sockets than wanted"
+                );
+                break;
+            }
+        }
+    }
+    sockets
 }
 
 impl Task for Relay {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tokio::task::AbortHandle;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use super::fleet::Fleet;
@@ -32,8 +32,8 @@ impl View {
     /// Begins to take samples for the rates.
     pub(super) fn new(fleet: Rc<Fleet>) -> Self {
         let view = Self {
+            overview: Rc::new(Overview::new(fleet.world.firewall)),
             fleet,
-            overview: Rc::default(),
         };
         let sampled = view.clone();
         tokio::task::spawn_local(async move {
@@ -103,10 +103,10 @@ impl Fleet {
         let configuration = Rc::clone(&self.world.configuration.borrow());
         let supervisor = self.supervisor.borrow();
         let specs = self.specs.borrow();
-        let mut draining: BTreeMap<String, Vec<Rc<Relay>>> = BTreeMap::new();
-        for relay in supervisor.drained_tasks() {
+        let mut draining: BTreeMap<String, Vec<(Instant, Rc<Relay>)>> = BTreeMap::new();
+        for (since, relay) in supervisor.drained_tasks() {
             let of = draining.entry(relay.instance.name.to_string()).or_default();
-            of.push(relay);
+            of.push((since, relay));
         }
         let mut subjects = Vec::with_capacity(specs.len());
         for (name, status) in self.statuses() {
@@ -115,7 +115,7 @@ impl Fleet {
             };
             let running = supervisor.task(&name);
             let older = draining.remove(&name).unwrap_or_default();
-            let relays = running.iter().chain(&older);
+            let relays = running.iter().chain(older.iter().map(|(_, relay)| relay));
             subjects.push(Subject {
                 instance: spec.instance.clone(),
                 pathway: configuration.pathway(spec.instance.mark).cloned(),
@@ -123,27 +123,34 @@ impl Fleet {
                 servers: relays.map(|relay| Rc::clone(&relay.server)).collect(),
             });
         }
+        let mut ending: Vec<Subject> = draining
+            .into_values()
+            .filter_map(|relays| {
+                let (since, first) = relays.first()?;
+                let instance = first.instance.clone();
+                Some(Subject {
+                    pathway: configuration.pathway(instance.mark).cloned(),
+                    instance,
+                    standing: Standing {
+                        state: State::Draining,
+                        for_ms: milliseconds(since.elapsed()),
+                        last_failure: None,
+                        failures: 0,
+                    },
+                    servers: relays
+                        .iter()
+                        .map(|(_, relay)| Rc::clone(&relay.server))
+                        .collect(),
+                })
+            })
+            .collect();
         // in the order of the file, which is the one that people know
         let all = configuration.instances.iter().enumerate();
         let places: HashMap<_, _> = all.map(|(place, one)| (&one.name, place)).collect();
-        subjects.sort_by_key(|subject| places.get(&subject.instance.name));
-        subjects.extend(draining.into_values().filter_map(|relays| {
-            let instance = relays.first()?.instance.clone();
-            Some(Subject {
-                pathway: configuration.pathway(instance.mark).cloned(),
-                instance,
-                standing: Standing {
-                    state: State::Draining,
-                    for_ms: 0,
-                    last_failure: None,
-                    failures: 0,
-                },
-                servers: relays
-                    .iter()
-                    .map(|relay| Rc::clone(&relay.server))
-                    .collect(),
-            })
-        }));
+        for some in [&mut subjects, &mut ending] {
+            some.sort_by_key(|subject| places.get(&subject.instance.name));
+        }
+        subjects.append(&mut ending);
         subjects
     }
 }

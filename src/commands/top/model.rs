@@ -17,9 +17,10 @@ pub(super) struct Reading {
     pub(super) connections: Vec<Connection>,
 }
 
-/// One instance, with its rates.
+/// One instance in one process, with its rates: while a process drains, another may run the same one.
 #[derive(Debug)]
 pub(super) struct InstanceRow {
+    pid: u32,
     pub(super) report: InstanceReport,
     pub(super) connections: f64,
     pub(super) to_target: f64,
@@ -83,17 +84,21 @@ impl Model {
         let rate = |now: u64, then: u64| {
             seconds.map_or(0.0, |seconds| now.saturating_sub(then) as f64 / seconds)
         };
-        let chosen = self.chosen().map(str::to_owned);
-        let mut before: HashMap<String, InstanceRow> = self
+        let chosen = self.instances.get(self.selected);
+        let chosen = chosen.map(|row| (row.pid, row.report.name.clone()));
+        let mut before: HashMap<(u32, String), InstanceRow> = self
             .instances
             .drain(..)
-            .map(|row| (row.report.name.clone(), row))
+            .map(|row| ((row.pid, row.report.name.clone()), row))
             .collect();
         self.pids = reading.processes.iter().map(|one| one.pid).collect();
-        let reports = reading.processes.into_iter().flat_map(|one| one.instances);
+        let reports = reading.processes.into_iter().flat_map(|one| {
+            let pid = one.pid;
+            one.instances.into_iter().map(move |report| (pid, report))
+        });
         self.instances = reports
-            .map(|report| {
-                let old = before.remove(&report.name);
+            .map(|(pid, report)| {
+                let old = before.remove(&(pid, report.name.clone()));
                 let then = old.as_ref().map_or(report.totals, |row| row.report.totals);
                 let now = &report.totals;
                 let to_target = rate(now.bytes_to_target, then.bytes_to_target);
@@ -105,6 +110,7 @@ impl Model {
                 }
                 history.push_back((to_target + to_client) as u64);
                 InstanceRow {
+                    pid,
                     connections,
                     to_target,
                     to_client,
@@ -114,9 +120,13 @@ impl Model {
             })
             .collect();
         self.selected = chosen
-            .and_then(|name| {
-                let mut rows = self.instances.iter();
-                rows.position(|row| row.report.name == name)
+            .and_then(|(pid, name)| {
+                let is = |row: &InstanceRow| row.report.name == name;
+                let rows = &self.instances;
+                // its process may have gone, but the instance goes on
+                rows.iter()
+                    .position(|row| row.pid == pid && is(row))
+                    .or_else(|| rows.iter().position(is))
             })
             .unwrap_or(self.selected)
             .min(self.instances.len().saturating_sub(1));

@@ -5,64 +5,85 @@
 //! takes failure for absence, so no decision is made from them.
 
 use std::io;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
-
-use tokio::io::AsyncWriteExt;
 
 use crate::model::Family;
-use crate::pathway::piece::{Chain, Program, Step};
+use crate::pathway::piece::{Program, Step};
 
-use super::{Ruleset, residue};
+use super::ruleset::Ruleset;
+use super::{Driver, Error, program, residue};
 
-/// How many seconds iptables may wait for another run of it (`/run/xtables.lock`).
-const LOCK_SECONDS: u64 = 5;
+/// The binaries that are installed, by family.
+#[derive(Debug)]
+pub(crate) struct Iptables(Vec<(Family, Vec<Tool>)>);
 
-/// How long one run may take in all.
-const RUN_LIMIT: Duration = Duration::from_secs(LOCK_SECONDS + 10);
+impl Iptables {
+    /// Looks for them.
+    ///
+    /// # Errors
+    /// When one is there and does not run.
+    pub(crate) fn open(families: &[Family]) -> Result<Self, Error> {
+        let mut tools = Vec::new();
+        for &family in families {
+            tools.push((family, self::tools(family)?));
+        }
+        Ok(Self(tools))
+    }
 
-/// Where the programs are on systems that keep them out of a user's PATH.
-const SBIN: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
+    /// Whether there is one for this family.
+    ///
+    /// # Errors
+    /// [`Error::Missing`]
+    pub(crate) fn require(&self, family: Family) -> Result<(), Error> {
+        let here = |(of, tools): &(Family, Vec<Tool>)| *of == family && !tools.is_empty();
+        if self.0.iter().any(here) {
+            return Ok(());
+        }
+        Err(Error::Missing {
+            program: base(family),
+            package: "iptables",
+        })
+    }
+}
 
-/// Why the firewall could not be read or changed.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No binary of that name.
-    #[error("{program} is not installed: the CONNMARK rules need it (package iptables)")]
-    Missing {
-        /// The name.
-        program: &'static str,
-    },
-    /// It could not be started or talked to.
-    #[error("cannot run {program}")]
-    Run {
-        /// The name.
-        program: String,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// It ran and failed.
-    #[error("{program} failed ({status}): {said}")]
-    Failed {
-        /// The name.
-        program: String,
-        /// How it ended.
-        status: String,
-        /// What it said, and the line that it stopped at.
-        said: String,
-    },
-    /// nf_tables could not be asked.
-    #[error("cannot read the {family} mangle table of nf_tables")]
-    Tables {
-        /// The family.
-        family: Family,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
+impl Driver for Iptables {
+    type Found = Vec<Ruleset>;
+
+    /// The mangle tables; the first of a family is the one to write to. That is where lines of ours
+    /// stand already, else the one of the plain binary, unless only the other holds rules.
+    async fn read(&self) -> Result<Vec<Ruleset>, Error> {
+        let mut all = Vec::new();
+        for (_, tools) in &self.0 {
+            let mut rulesets = Vec::new();
+            for (number, tool) in tools.iter().enumerate() {
+                rulesets.push(tool.read(number == 0).await?);
+            }
+            let chosen = rulesets
+                .iter()
+                .position(Ruleset::has_ours)
+                .or_else(|| rulesets.iter().position(|ruleset| !ruleset.is_empty()))
+                .unwrap_or(0);
+            if chosen > 0 {
+                rulesets.swap(0, chosen);
+            }
+            all.extend(rulesets);
+        }
+        Ok(all)
+    }
+
+    /// One transaction of one program.
+    async fn write(&self, steps: &[Step]) -> Result<(), Error> {
+        let Some(Step::InsertLine(line) | Step::DelLine(line)) = steps.first() else {
+            return Ok(());
+        };
+        let mut tools = self.0.iter().flat_map(|(_, tools)| tools);
+        match tools.find(|tool| tool.program == line.program) {
+            Some(tool) => tool.write(steps).await,
+            None => Ok(()),
+        }
+    }
 }
 
 /// Which kernel interface a binary uses. Both can hold rules at once, and both then work.
@@ -74,7 +95,7 @@ enum Variant {
 
 /// One binary.
 #[derive(Debug, Clone)]
-pub struct Tool {
+struct Tool {
     family: Family,
     program: Program,
     variant: Variant,
@@ -90,29 +111,18 @@ fn base(family: Family) -> &'static str {
 
 /// A program of this name in PATH, else in the sbin directories.
 fn search(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let here = std::env::split_paths(&path)
-        .map(|dir| dir.join(name))
-        .find(|file| file.is_file());
-    here.or_else(|| {
-        // only where PATH has no iptables at all, or a test of what PATH offers would look past it
-        SBIN.iter()
-            .map(|dir| Path::new(dir).join(name))
-            .find(|file| file.is_file() && !path_has_iptables())
-    })
+    // elsewhere only where PATH has no iptables at all, or a test of what PATH offers would look past it
+    let elsewhere = || program::in_sbin(name).filter(|_| !path_has_iptables());
+    program::in_path(name).or_else(elsewhere)
 }
 
 fn path_has_iptables() -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
     let names = ["iptables", "iptables-nft", "iptables-legacy"];
-    std::env::split_paths(&path).any(|dir| names.iter().any(|name| dir.join(name).is_file()))
+    names.iter().any(|name| program::in_path(name).is_some())
 }
 
 /// The binaries of a family, the one that `iptables` means first, then the other variant's.
-///
-/// # Errors
-/// [`Error::Missing`] without any.
-pub fn tools(family: Family) -> Result<Vec<Tool>, Error> {
+fn tools(family: Family) -> Result<Vec<Tool>, Error> {
     let name = base(family);
     let mut tools = Vec::new();
     let v6 = family == Family::V6;
@@ -156,9 +166,6 @@ pub fn tools(family: Family) -> Result<Vec<Tool>, Error> {
             });
         }
     }
-    if tools.is_empty() {
-        return Err(Error::Missing { program: name });
-    }
     Ok(tools)
 }
 
@@ -171,31 +178,7 @@ fn variant(version: &[u8]) -> Variant {
     }
 }
 
-/// Reads the mangle tables of a family; the first is the one to write to. That is where lines of ours
-/// stand already, else the one of the plain binary, unless only the other holds rules.
-///
-/// # Errors
-/// See [`Error`].
-pub async fn read(tools: &[Tool]) -> Result<Vec<Ruleset>, Error> {
-    let mut rulesets = Vec::new();
-    for (number, tool) in tools.iter().enumerate() {
-        rulesets.push(tool.read(number == 0).await?);
-    }
-    let chosen = rulesets
-        .iter()
-        .position(Ruleset::has_ours)
-        .or_else(|| rulesets.iter().position(|ruleset| !ruleset.is_empty()))
-        .unwrap_or(0);
-    rulesets.swap(0, chosen);
-    Ok(rulesets)
-}
-
 impl Tool {
-    /// Its name, as in messages and commands.
-    pub fn program(&self) -> &Program {
-        &self.program
-    }
-
     /// Reads the mangle table, if there is one. `plain` is the variant that `iptables` means.
     async fn read(&self, plain: bool) -> Result<Ruleset, Error> {
         let mut ruleset = Ruleset::empty(self.family, self.program.clone());
@@ -235,9 +218,7 @@ impl Tool {
                 }
             }
         }
-        let save = self
-            .run("-save", &["-t".into(), "mangle".into()], "")
-            .await?;
+        let save = self.run("-save", &["-t", "mangle"], "").await?;
         let absent = std::mem::take(&mut ruleset.absent);
         ruleset = Ruleset::parse(self.family, self.program.clone(), &save);
         ruleset.absent = absent;
@@ -245,10 +226,7 @@ impl Tool {
     }
 
     /// Makes all of these line steps in one transaction: all or none.
-    ///
-    /// # Errors
-    /// See [`Error`]; then nothing was changed.
-    pub async fn write(&self, steps: &[Step]) -> Result<(), Error> {
+    async fn write(&self, steps: &[Step]) -> Result<(), Error> {
         let mut input = String::from("*mangle\n");
         for step in steps {
             match step {
@@ -265,82 +243,15 @@ impl Tool {
             }
         }
         input.push_str("COMMIT\n");
-        let mut args = vec!["--noflush".to_owned()];
+        let mut args = vec!["--noflush"];
+        let seconds = program::LOCK_SECONDS.to_string();
         if self.has_wait {
-            args.extend(["--wait".to_owned(), LOCK_SECONDS.to_string()]);
+            args.extend(["--wait", &seconds]);
         }
         self.run("-restore", &args, &input).await.map(|_| ())
     }
 
-    async fn run(&self, verb: &str, args: &[String], input: &str) -> Result<String, Error> {
-        let program = format!("{}{verb}", self.program);
-        let failed = |source| Error::Run {
-            program: program.clone(),
-            source,
-        };
-        let mut child = tokio::process::Command::new(&program)
-            .args(args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(failed)?;
-        let stdin = child.stdin.take();
-        let run = async {
-            if let Some(mut stdin) = stdin {
-                match stdin.write_all(input.as_bytes()).await {
-                    // it stopped reading: its exit status says why
-                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-                    written => written?,
-                }
-            }
-            child.wait_with_output().await
-        };
-        let output = tokio::time::timeout(RUN_LIMIT, run)
-            .await
-            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-            .map_err(failed)?;
-        if output.status.success() {
-            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-        }
-        Err(Error::Failed {
-            program,
-            status: output.status.to_string(),
-            said: explain(&String::from_utf8_lossy(&output.stderr), input),
-        })
+    async fn run(&self, verb: &str, args: &[&str], input: &str) -> Result<String, Error> {
+        program::run(&format!("{}{verb}", self.program), args, input).await
     }
-}
-
-/// What the program said in one line, with the line of the input that it names.
-fn explain(said: &str, input: &str) -> String {
-    let lines = said.lines().map(str::trim);
-    let mut text = lines
-        .filter(|line| !line.is_empty() && !line.starts_with("# Warning"))
-        .collect::<Vec<_>>()
-        .join("; ");
-    let number = said
-        .split_once("line ")
-        .and_then(|(_, rest)| rest.split(|c: char| !c.is_ascii_digit()).next())
-        .and_then(|number| number.parse::<usize>().ok());
-    if let Some(line) = number.and_then(|number| input.lines().nth(number.checked_sub(1)?)) {
-        text.push_str(&format!(" (at '{line}')"));
-    }
-    text
-}
-
-/// Deletes a base chain that the first line of ours had made, if it is empty now.
-///
-/// # Errors
-/// When nf_tables refuses for another reason than that it is in use.
-pub fn drop_chain(family: Family, chain: Chain) -> Result<bool, Error> {
-    residue::drop_chain(family, chain).map_err(|source| Error::Tables { family, source })
-}
-
-/// Deletes the mangle table that the first line of ours had made, if it is empty now.
-///
-/// # Errors
-/// As [`drop_chain`].
-pub fn drop_table(family: Family) -> Result<bool, Error> {
-    residue::drop_table(family).map_err(|source| Error::Tables { family, source })
 }

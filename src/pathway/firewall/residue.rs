@@ -14,7 +14,7 @@ use rtnetlink::sys::{Socket, SocketAddr};
 use crate::model::Family;
 use crate::pathway::piece::Chain;
 
-use super::Absent;
+use super::ruleset::Absent;
 
 /// `NFNL_SUBSYS_NFTABLES`, in the upper byte of a message's type.
 const NFTABLES: u16 = 10;

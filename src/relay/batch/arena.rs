@@ -219,6 +219,17 @@ impl Arena {
         }
     }
 
+    /// One whose slots take fewer bytes than the largest datagram has.
+    #[cfg(test)]
+    pub(super) fn short(slots: usize, named: bool, capacity: usize) -> Self {
+        let arena = Self::new(slots, named);
+        for slot in 0..slots {
+            // SAFETY: `at` yields valid pointers, and this arena is not shared yet
+            unsafe { (*arena._iovecs.at(slot)).iov_len = capacity.min(CAPACITY) };
+        }
+        arena
+    }
+
     /// How many datagrams can be received before slots are used again.
     pub(in crate::relay) fn slots(&self) -> usize {
         self.slots

@@ -66,6 +66,32 @@ fn peers_and_bytes_in_both_families() {
     }
 }
 
+/// Also where the kernel has put several into one slot: the rest of them would be nobody's.
+#[test]
+fn what_is_cut_off_is_said() {
+    let (listener, sender) = pair("127.0.0.1");
+    let mut arena = Arena::short(2, true, 100);
+    for size in [101, 100] {
+        sender.send(&vec![7; size]).unwrap();
+    }
+    assert_eq!(arena.receive(listener.as_fd(), 0, 2).unwrap(), 2);
+    let [long, short] = [0, 1].map(|slot| arena.received(slot));
+    assert!(long.truncated && long.bytes.len() == 100);
+    assert!(!short.truncated && short.bytes.len() == 100);
+    // and the slot takes the next one as if nothing had been
+    sender.send(b"next").unwrap();
+    assert_eq!(arena.receive(listener.as_fd(), 0, 2).unwrap(), 1);
+    assert!(!arena.received(0).truncated);
+    assert_eq!(arena.received(0).bytes, b"next");
+
+    nix::sys::socket::setsockopt(&sender, nix::sys::socket::sockopt::UdpGsoSegment, &60).unwrap();
+    sender.send(&[7; 180]).unwrap();
+    assert_eq!(arena.receive(listener.as_fd(), 0, 2).unwrap(), 1);
+    let run = arena.received(0);
+    assert!(run.truncated, "{run:?}");
+    assert_eq!(run.control.segment, Some(60));
+}
+
 #[test]
 fn what_a_slot_said_before_is_forgotten() {
     let wildcard = UdpSocket::bind("0.0.0.0:0").unwrap();

@@ -47,7 +47,8 @@ kinds! {
     Ended {
         /// Silent in both directions for the idle timeout.
         Idle = "idle",
-        /// ICMP said that nothing listens at the target.
+        /// ICMP said that nothing listens at the target. Not with `udp-header=first`, where only the flow's
+        /// socket ends; how often ICMP said so is among the connect failures.
         ServiceDown = "service-down",
         /// It was the oldest of all when `max-flows` were there.
         MaxFlows = "max-flows",

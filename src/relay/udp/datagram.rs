@@ -14,6 +14,8 @@
 //!   client whose *later* datagrams begin with these bytes is believed: no receiver can tell such a datagram
 //!   from a new flow on the same proxy port. Where the sender can do `every` or `spp`, these are safer.
 
+use std::net::SocketAddr;
+
 use crate::model::{ClientAddr, UdpHeader};
 use crate::relay::header::{self, Decoded, Endpoints, HeaderError, Version};
 use crate::relay::spp::{self, Spp, SppError};
@@ -38,8 +40,13 @@ pub enum Datagram {
 /// Whose datagram it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Client {
-    /// A v2 header names it, unchecked: any address and port.
-    Named(ClientAddr),
+    /// A v2 header names it.
+    Named {
+        /// Unchecked: any address and port.
+        client: ClientAddr,
+        /// Where the client sent it to, as the proxy says.
+        asked: SocketAddr,
+    },
     /// A Simple Proxy Protocol header names it, unchecked.
     Spp(Spp),
     /// LOCAL or UNSPEC: the proxy's own.
@@ -99,8 +106,17 @@ fn version2(bytes: &[u8]) -> Result<Datagram, DatagramError> {
     match header::decode(bytes) {
         Ok(Decoded::Complete { header, length }) => match (header.version, header.endpoints) {
             (Version::V1, _) => Err(DatagramError::Version1),
-            (Version::V2, Endpoints::Proxied { client, .. }) => Ok(Datagram::Headed {
-                client: Client::Named(client),
+            (
+                Version::V2,
+                Endpoints::Proxied {
+                    client,
+                    destination,
+                },
+            ) => Ok(Datagram::Headed {
+                client: Client::Named {
+                    client,
+                    asked: destination,
+                },
                 payload: length,
             }),
             (Version::V2, Endpoints::Local) => Ok(Datagram::Headed {
@@ -116,8 +132,6 @@ fn version2(bytes: &[u8]) -> Result<Datagram, DatagramError> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -144,7 +158,10 @@ mod tests {
                     assert_eq!(
                         read(mode, &bytes),
                         Ok(Datagram::Headed {
-                            client: Client::Named(ClientAddr::new(addr("192.0.2.7:5353"))),
+                            client: Client::Named {
+                                client: ClientAddr::new(addr("192.0.2.7:5353")),
+                                asked: addr("198.51.100.1:53"),
+                            },
                             payload,
                         })
                     );

@@ -15,7 +15,8 @@ use crate::relay::spp::Spp;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 struct Packed {
     addr: u128,
-    /// The port, and above it the scope id of a link-local address.
+    /// The port, above it the scope id of a link-local address, above that a bit that tells any address,
+    /// also `[::]:0`, from none.
     rest: u64,
 }
 
@@ -28,7 +29,7 @@ impl Packed {
         };
         Self {
             addr: packed(addr.ip()),
-            rest: u64::from(scope) << 16 | u64::from(addr.port()),
+            rest: 1 << 63 | u64::from(scope) << 16 | u64::from(addr.port()),
         }
     }
 }
@@ -85,7 +86,7 @@ impl Key {
         let key = Self::of_proxy(path);
         match client {
             Client::Proxy => key,
-            Client::Named(client) => Self {
+            Client::Named { client, .. } => Self {
                 client: Packed::new(client.get()),
                 ..key
             },
@@ -132,6 +133,8 @@ pub(super) struct Route {
     pub(super) path: Path,
     pub(super) client: ClientAddr,
     pub(super) target: TargetAddr,
+    /// Where the client sent its datagram to, if the proxy says so.
+    pub(super) asked: Option<SocketAddr>,
     /// The header that every answer carries.
     pub(super) spp: Option<Spp>,
 }
@@ -249,7 +252,10 @@ mod tests {
     }
 
     fn named(client: &str) -> Client {
-        Client::Named(ClientAddr::new(client.parse().unwrap()))
+        Client::Named {
+            client: ClientAddr::new(client.parse().unwrap()),
+            asked: "198.51.100.1:53".parse().unwrap(),
+        }
     }
 
     #[test]
@@ -260,6 +266,8 @@ mod tests {
         let here = path("10.0.0.1:1", None);
         let keys = [
             Key::of_proxy(&here),
+            // what no client can be must not be taken for the proxy itself
+            Key::of_client(&here, &named("[::]:0")),
             Key::of_client(&here, &named("192.0.2.1:5")),
             Key::of_proxy(&Path { port: 54, ..here }),
             Key::of_client(&Path { port: 54, ..here }, &named("192.0.2.1:5")),

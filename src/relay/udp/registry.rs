@@ -7,8 +7,8 @@
 //! - The kernel hashes a proxy's address and port to one listener only while the number of listeners stays
 //!   the same. So a worker that does not know a flow asks here, and takes it over from the worker that had it.
 //! - One socket per client and target: two sockets with the same ends cannot be. Where the proxy itself goes
-//!   on with a client from another port, after a pause, the socket goes along; else the newer flow keeps the
-//!   client's address and gives up its port.
+//!   on with a client from another port, after a pause, the socket goes along; else, also where the client
+//!   has asked two addresses of the proxy, the newer flow keeps the client's address and gives up its port.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -247,7 +247,8 @@ impl Registry {
         let Some(holder) = inner.by_pair.get(&(route.client, route.target)).cloned() else {
             return (None, None, false);
         };
-        let same_proxy = holder.route.path.proxy().ip() == route.path.proxy().ip();
+        let same_proxy = holder.route.path.proxy().ip() == route.path.proxy().ip()
+            && holder.route.asked == route.asked;
         if !same_proxy || now.saturating_sub(holder.used()) < MOVES_AFTER {
             return (None, None, true);
         }
@@ -388,11 +389,13 @@ mod tests {
             port: 53,
         };
         let client = ClientAddr::new(client.parse().unwrap());
+        let asked = SocketAddr::from(([198, 51, 100, 1], 53));
         Route {
-            key: Key::of_client(&path, &Client::Named(client)),
+            key: Key::of_client(&path, &Client::Named { client, asked }),
             path,
             client,
             target: TargetAddr::new(SocketAddr::from(([127, 0, 0, 1], 53))),
+            asked: Some(asked),
             spp: None,
         }
     }

@@ -24,6 +24,7 @@ use tracing::{Span, info_span};
 
 use self::epoll::WaitableEpoll;
 use self::refusals::peers;
+use self::view::Recent;
 use super::counters::{Counters, Ended};
 use super::datagram::Client;
 use super::flow::{Flow, Key, Path};
@@ -127,6 +128,7 @@ pub(super) struct Worker {
     to_client: SegmentLimit,
     /// Flows whose answers were not all read in their turn.
     unfinished: Vec<Id>,
+    recent: Recent,
 }
 
 struct Listener {
@@ -184,6 +186,7 @@ impl Worker {
             to_target: SegmentLimit::default(),
             to_client: SegmentLimit::default(),
             unfinished: Vec::new(),
+            recent: Recent::default(),
             common,
         })
     }
@@ -352,7 +355,7 @@ impl Worker {
 /// Who a flow's client is.
 fn client_of(client: &Client, path: &Path) -> ClientAddr {
     match client {
-        Client::Named(client) => *client,
+        Client::Named { client, .. } => *client,
         Client::Spp(header) => header.client(),
         Client::Proxy => ClientAddr::new(path.peer),
     }

@@ -3,7 +3,7 @@
 use std::process::Stdio;
 
 use mmproxyctl::model::{ConnmarkMode, Pathway, Priority, TableId};
-use mmproxyctl::pathway::{Outcome, check};
+use mmproxyctl::pathway::{Firewall, Outcome, check};
 
 use super::{add, assert_same, ctl, del, effects, inside, interface, json, listing, pathway};
 use crate::support::net::Host;
@@ -106,7 +106,12 @@ fn add_twice_del_twice() {
         let second = add(&host, &pathways);
         assert_eq!(second.changes, [], "{name}");
         assert_same(&listing(&host), &added, "listing");
-        assert!(inside(&host, async || check(&pathways).await.unwrap()).is_empty());
+        assert!(
+            inside(&host, async || check(&pathways, Firewall::Auto)
+                .await
+                .unwrap())
+            .is_empty()
+        );
         assert!(del(&host, &pathways).changed());
         assert_same(&listing(&host), &before, name);
         assert_eq!(del(&host, &pathways).changes, []);
@@ -129,9 +134,12 @@ fn one_goes_the_other_stays_whole() {
     add(&host, std::slice::from_ref(&first));
     del(&host, std::slice::from_ref(&second));
     assert!(
-        inside(&host, async || check(std::slice::from_ref(&first))
-            .await
-            .unwrap())
+        inside(&host, async || check(
+            std::slice::from_ref(&first),
+            Firewall::Auto
+        )
+        .await
+        .unwrap())
         .is_empty()
     );
     del(&host, &[first]);

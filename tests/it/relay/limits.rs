@@ -187,7 +187,7 @@ fn listeners_share_an_address_with_nobody_else() {
                 .all(|socket| socket.local_addr().unwrap() == addr)
         );
         let error = listen(&addr.to_string(), 1).unwrap_err();
-        assert_eq!(error.failure.source.raw_os_error(), Some(libc::EADDRINUSE));
+        assert_eq!(error.source.raw_os_error(), Some(libc::EADDRINUSE));
         assert!(error.to_string().contains(&addr.to_string()));
     });
 }

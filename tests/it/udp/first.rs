@@ -1,9 +1,10 @@
 //! A header on the first datagram of a flow: Cloudflare Spectrum v2, Traefik, frp.
 
+use std::net::UdpSocket;
 use std::time::Duration;
 
 use mmproxyctl::model::UdpHeader::First;
-use mmproxyctl::relay::counters::Refusal;
+use mmproxyctl::relay::counters::{ConnectFailure, Refusal};
 use mmproxyctl::relay::header::{V2, encode_v1};
 use mmproxyctl::relay::udp::Settings;
 use mmproxyctl::relay::udp::counters::{Dropped, Ended};
@@ -11,6 +12,7 @@ use mmproxyctl::relay::udp::counters::{Dropped, Ended};
 use super::lab::{Proxy, Relay, Service, addr, announce, settings, wait_sockets_to};
 use crate::relay::lab::Lab;
 use crate::support::malformed;
+use crate::support::net::wait_for;
 
 #[test]
 fn the_header_comes_alone_or_with_the_first_payload() {
@@ -148,14 +150,39 @@ fn the_flow_outlives_a_service_that_is_down() {
     drop(service);
     relay.wait("the ICMP", |totals| {
         proxy.send(&[b"anybody?"]);
-        totals.ended.of(Ended::ServiceDown) > 0
+        totals.open_failed.of(ConnectFailure::ServiceDown) > 0
     });
     wait_sockets_to(&lab.wks, target, 0);
+    assert_eq!(relay.totals().flows, 1);
     let back = Service::echo(&lab.wks, &target.to_string());
     proxy.send(&[b"and now?"]);
     assert_eq!(proxy.answer(), b"and now?");
     assert_eq!(back.peer_of(b"and now?"), addr("192.0.2.7:1234"));
     assert_eq!(relay.totals().flows_opened, 1);
+}
+
+/// What was sent before a new header is the old client's, also where all of it is read at once.
+#[test]
+fn what_comes_before_a_new_header_is_not_lost() {
+    let lab = Lab::new();
+    let service = Service::echo(&lab.wks, "127.0.0.1:0");
+    let listen = lab.wks.enter(|| UdpSocket::bind("10.0.0.1:7000").unwrap());
+    let proxy = Proxy::new(&lab.vps, addr("10.0.0.1:7000"));
+    for client in ["192.0.2.7:1234", "192.0.2.8:1234", "192.0.2.9:1234"] {
+        proxy.send(&[&announce(client)]);
+        proxy.send(&[client.as_bytes()]);
+    }
+    wait_for("the datagrams in the listener's queue", || {
+        let queued = lab.wks.run("ss -Huan sport = :7000");
+        let queued = queued.split_whitespace().nth(1).map(str::parse::<u64>);
+        // the kernel's unit of accounting for a small datagram
+        matches!(queued, Some(Ok(bytes)) if bytes >= 6 * 768)
+    });
+    let relay = Relay::start_on(&lab.wks, vec![listen], settings(First, &[service.addr]));
+    for client in ["192.0.2.7:1234", "192.0.2.8:1234", "192.0.2.9:1234"] {
+        assert_eq!(service.peer_of(client.as_bytes()), addr(client));
+    }
+    assert_eq!(relay.totals().dropped.all(), 0);
 }
 
 #[test]

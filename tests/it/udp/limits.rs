@@ -4,6 +4,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use mmproxyctl::model::UdpHeader::{Every, First};
+use mmproxyctl::relay::counters::ConnectFailure;
 use mmproxyctl::relay::udp::Settings;
 use mmproxyctl::relay::udp::counters::{Dropped, Ended};
 
@@ -151,6 +152,8 @@ fn a_service_that_is_down_ends_the_flow() {
         });
     }
     relay.wait("the end of all", |totals| totals.flows == 0);
+    let down = relay.totals().open_failed.of(ConnectFailure::ServiceDown);
+    assert!(down >= 3, "{down}");
     wait_sockets_to(&lab.wks, target, 0);
     let back = Service::echo(&lab.wks, &target.to_string());
     proxy.exchange("192.0.2.7:4000", b"back");

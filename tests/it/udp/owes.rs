@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use mmproxyctl::model::{Mark, PortPolicy, UdpHeader::Every, UdpHeader::First};
 use mmproxyctl::relay::counters::Refusal;
+use mmproxyctl::relay::header::{Transport, V2};
 use mmproxyctl::relay::udp::counters::Ended;
 
 use super::lab::{Proxy, Relay, Service, addr, announce, settings, sockets_to, wait_sockets_to};
@@ -68,6 +69,18 @@ fn addresses_that_are_no_client_are_refused() {
     service.peer_of(b"hello");
     service.assert_nothing_more();
     assert_eq!(relay.totals().flows, 1);
+    // also where the proxy has a flow of its own, over IPv6
+    let v6 = Service::echo(&lab.wks, "[::1]:0");
+    let relay = Relay::start_at(&lab.wks, "[fd00::1]:0", 1, settings(Every, &[v6.addr]));
+    let proxy = Proxy::new(&lab.vps, relay.addr);
+    proxy.send(&[&V2::local().finish(), b"the proxy's own"]);
+    assert_eq!(proxy.answer(), b"the proxy's own");
+    v6.peer_of(b"the proxy's own");
+    proxy.send(&[&announce("[::]:0"), b"nobody's"]);
+    relay.wait("[::]:0", |totals| {
+        totals.refused.of(Refusal::ClientUnspecified) == 1
+    });
+    v6.assert_nothing_more();
 }
 
 /// The same client through two ports of one proxy, and through two proxies, at the same time: everyone gets
@@ -146,6 +159,31 @@ fn a_client_that_comes_back_through_another_port_keeps_its_own() {
         }
         wait_sockets_to(&lab.wks, service.addr, 8);
     }
+}
+
+/// The proxy has two addresses, and the same client talks to both of them, now and then.
+#[test]
+fn one_client_of_two_addresses_of_the_proxy() {
+    let lab = Lab::new();
+    let service = Service::echo(&lab.wks, "127.0.0.1:0");
+    let relay = Relay::start(&lab.wks, settings(First, &[service.addr]));
+    let client = addr("192.0.2.7:4000");
+    let ways = ["198.51.100.1:53", "198.51.100.2:53"].map(|asked| {
+        let header = V2::proxied(client, addr(asked), Transport::Datagram).finish();
+        let proxy = Proxy::new(&lab.vps, relay.addr);
+        proxy.send(&[&header, b"hello"]);
+        assert_eq!(proxy.answer(), b"hello");
+        // longer than any flow is kept from moving
+        std::thread::sleep(Duration::from_millis(2_100));
+        proxy
+    });
+    for way in &ways {
+        way.send(&[b"no header"]);
+        assert_eq!(way.answer(), b"no header");
+    }
+    let totals = relay.totals();
+    assert_eq!((totals.flows, totals.ports_given_up), (2, 1));
+    assert_eq!(totals.ended.of(Ended::Moved), 0);
 }
 
 /// Two relays with two marks, one target, one client.

@@ -11,18 +11,18 @@ use crate::relay::lab::SOON;
 use crate::support::net::{Host, Running, wait_for};
 
 const LISTEN: &str = "10.0.0.1:5300";
-const PORT: u16 = 5300;
+pub(super) const PORT: u16 = 5300;
 
 /// A configured host with an echo service, and a host to be the proxy.
-struct Rig {
-    wks: Host,
-    vps: Host,
-    service: Service,
+pub(super) struct Rig {
+    pub(super) wks: Host,
+    pub(super) vps: Host,
+    pub(super) service: Service,
 }
 
 impl Rig {
     /// With these options of the instance, beside `protocol=udp`.
-    fn new(options: &str) -> Self {
+    pub(super) fn new(options: &str) -> Self {
         let (wks, vps) = (Host::new("wks01"), Host::new("vps01"));
         wks.link("eth0", &["10.0.0.1/24"], &vps, "eth0", &["10.0.0.2/24"]);
         let service = Service::echo(&wks, "127.0.0.1:0");
@@ -42,11 +42,11 @@ impl Rig {
         self.wks.write("etc/instances.tsv", line);
     }
 
-    fn start(&self) -> Running {
+    pub(super) fn start(&self) -> Running {
         run(&self.wks, "run echo", &[PORT])
     }
 
-    fn proxy(&self) -> Proxy {
+    pub(super) fn proxy(&self) -> Proxy {
         Proxy::new(&self.vps, addr(LISTEN))
     }
 }

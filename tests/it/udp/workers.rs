@@ -141,5 +141,5 @@ fn an_address_that_somebody_has_is_not_shared() {
         )
     });
     let error = again.unwrap_err();
-    assert_eq!(error.failure.errno(), Some(nix::errno::Errno::EADDRINUSE));
+    assert_eq!(error.source.raw_os_error(), Some(libc::EADDRINUSE));
 }

@@ -1,7 +1,7 @@
 //! Metrics as Prometheus gets them, checked with its own `promtool`.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpStream, UdpSocket};
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -109,6 +109,59 @@ fn metrics_pass_promtool_and_count() {
     assert!(open.contains("# TYPE mmproxy_build info\n"), "{open}");
 }
 
+/// Adds an instance of the other protocol.
+fn with_udp(lab: &Lab) {
+    let path = lab.host.dir().join("etc/instances.tsv");
+    let lines = std::fs::read_to_string(path).expect("instances.tsv");
+    let more = "dns\t123\t127.0.0.1:5353\t127.0.0.1\t53\t-\tprotocol=udp,udp-header=every\n";
+    lab.host.write("etc/instances.tsv", lines + more);
+}
+
+#[test]
+fn metrics_of_both_protocols_pass_promtool() {
+    let lab = Lab::new();
+    with_udp(&lab);
+    let _relay = lab.run(&format!("--metrics {ADDR}"));
+    let _open = lab.client(&v1("192.0.2.7", 40_000), "hello");
+    let service = lab
+        .host
+        .enter(|| UdpSocket::bind("127.0.0.1:53"))
+        .expect("bind");
+    let proxy = lab
+        .host
+        .enter(|| UdpSocket::bind("127.0.0.1:0"))
+        .expect("bind");
+    // PROXY v2 for a datagram over IPv4, then the payload
+    let mut datagram = b"\r\n\r\n\0\r\nQUIT\n\x21\x12\0\x0c".to_vec();
+    datagram.extend([192, 0, 2, 7, 127, 0, 0, 1, 0x9c, 0x40, 0x14, 0xe9]);
+    datagram.extend(b"query");
+    proxy.send_to(&datagram, "127.0.0.1:5353").expect("send");
+    let limit = Some(Duration::from_secs(10));
+    service.set_read_timeout(limit).expect("time limit");
+    let mut payload = [0; 16];
+    let (length, client) = service.recv_from(&mut payload).expect("the datagram");
+    assert_eq!(
+        (&payload[..length], client.to_string().as_str()),
+        (&b"query"[..], "192.0.2.7:40000")
+    );
+
+    let scrape = || lab.host.run(&format!("curl -sSf http://{ADDR}/metrics"));
+    let counted = r#"mmproxy_relayed_datagrams_total{instance="dns",direction="to-target"}"#;
+    wait_for("the datagram to be counted", || {
+        sample(&scrape(), counted) == 1.0
+    });
+    let text = scrape();
+    promtool(&lab, "check metrics", &text);
+    for instance in ["web", "spare", "dns"] {
+        let state = format!(r#"mmproxy_instance_state{{instance="{instance}",state="running"}}"#);
+        assert_eq!(sample(&text, &state), 1.0);
+    }
+    assert!(
+        !text.contains(r#"datagrams_total{instance="web""#),
+        "{text}"
+    );
+}
+
 #[test]
 fn other_requests_and_silent_scrapers_are_turned_away() {
     let lab = Lab::new();
@@ -169,6 +222,7 @@ fn the_shipped_rules_and_dashboard_use_metrics_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let rules = root.join("examples/prometheus/mmproxy.rules.yml");
     let lab = Lab::new();
+    with_udp(&lab);
     let _relay = lab.run(&format!("--metrics {ADDR}"));
     lab.host
         .run(&format!("promtool check rules {}", rules.display()));

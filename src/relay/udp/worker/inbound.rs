@@ -170,6 +170,8 @@ impl Worker {
             if route.client == client_of(client, path) {
                 return Some(id);
             }
+            // what came before the new header is the old client's
+            self.send_queue_of(id);
             self.finish(id, Ended::Replaced);
         }
         self.begin(key, path, client)

@@ -7,10 +7,10 @@ use nix::sys::epoll::{EpollEvent, EpollFlags};
 use tracing::{debug, trace, warn};
 
 use super::refusals::peers;
-use super::{Held, Worker, client_of};
+use super::{Held, Worker, client_of, view};
 use crate::model::{PortPolicy, UdpHeader};
 use crate::relay::client;
-use crate::relay::counters::Refusal;
+use crate::relay::counters::{ConnectFailure, Refusal};
 use crate::relay::report::{ConnectError, Subject};
 use crate::relay::udp::counters::{Dropped, Ended};
 use crate::relay::udp::datagram::Client;
@@ -38,9 +38,14 @@ impl Worker {
             path: *path,
             client: address,
             target,
+            asked: match client {
+                Client::Named { asked, .. } => Some(*asked),
+                Client::Spp(header) => Some(header.proxy()),
+                Client::Proxy => None,
+            },
             spp: match client {
                 Client::Spp(header) => Some(*header),
-                Client::Named(_) | Client::Proxy => None,
+                Client::Named { .. } | Client::Proxy => None,
             },
         };
         let rules = Rules {
@@ -77,6 +82,8 @@ impl Worker {
             if let Some(from) = from {
                 self.counters.end(why);
                 self.forget_flow(&from);
+                from.set_socket(None);
+                self.remember(from, None, why);
             }
         }
         self.counters.flows_opened.add(1);
@@ -236,8 +243,8 @@ impl Worker {
             peers(&route),
             &message,
         );
+        self.counters.open_failed(ConnectFailure::ServiceDown);
         if self.settings.header == UdpHeader::First {
-            self.counters.end(Ended::ServiceDown);
             self.close_socket(id);
         } else {
             self.finish(id, Ended::ServiceDown);
@@ -261,12 +268,14 @@ impl Worker {
         };
         let flow = Arc::clone(&held.flow);
         if self.common.registry.release(self.number, &flow) {
+            let local = held.socket.as_deref().and_then(view::local);
             flow.set_socket(None);
             self.counters.end(why);
             trace!(
                 proxy.addr = %flow.route.path.proxy(), client.addr = %flow.route.client, why = why.name(),
                 "flow ends"
             );
+            self.remember(flow, local, why);
         }
         self.forget(id);
     }

@@ -1,4 +1,4 @@
-//! The CONNMARK lines' part of the plan. Pure, as `plan.rs`.
+//! What must change in the mangle tables of iptables. Pure, as `plan.rs`.
 //!
 //! Order matters in OUTPUT: every save of ours stands before every restore of ours, of all pathways
 //! together, or a packet that carries one pathway's mark on a connection that remembers another's
@@ -9,9 +9,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::model::{Family, Mark, Pathway};
 
-use super::firewall::{Connmark, Ruleset};
-use super::piece::{Chain, Job, Line, LineStep, Made, Program, Step};
-use super::plan::{Change, Goal, Outcome};
+use crate::pathway::piece::{Chain, Job, Line, LineStep, Made, Program, Step};
+use crate::pathway::plan::{Change, Goal, Outcome};
+
+use super::ruleset::{Connmark, Ruleset};
 
 /// Inserts and deletions, in order; those of one program follow each other.
 pub(crate) fn changes(

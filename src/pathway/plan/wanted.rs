@@ -1,0 +1,139 @@
+//! The scheme of `ROUTING.md` as values: which rules, routes and lines a set of pathways wants on a host. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use crate::model::{ConnmarkMode, Family, Mark, Pathway};
+use crate::pathway::firewall::Backend;
+use crate::pathway::piece::{Chain, Job, Line, PROTOCOL, Route, Rule, loopback};
+
+/// Where a rule stands that shall answer only when the main table (32766) has no route.
+pub const UNROUTED_PRIORITY: u32 = 40_000;
+
+/// What of the host decides how the scheme looks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// The families that this host serves.
+    pub families: Vec<Family>,
+    /// Whether packets from 127.0.0.0/8 may leave where clients are reached (`route_localnet`).
+    pub route_localnet: bool,
+    /// The families with a route to addresses anywhere.
+    pub default_route: Vec<Family>,
+    /// Target addresses that are this host's own.
+    pub own: BTreeSet<IpAddr>,
+    /// What gives replies their mark.
+    pub backend: Backend,
+}
+
+/// Every piece that a set of pathways wants, by the mark that wants it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Wanted {
+    /// Rules.
+    pub rules: BTreeMap<Rule, Mark>,
+    /// Routes.
+    pub routes: BTreeMap<Route, Mark>,
+    /// CONNMARK lines, saves before restores.
+    pub lines: BTreeSet<Line>,
+}
+
+impl Wanted {
+    /// The scheme for these pathways on a host like this.
+    pub fn new(pathways: &[Pathway], facts: &Facts) -> Self {
+        let mut wanted = Self::default();
+        for pathway in pathways {
+            for &family in &facts.families {
+                let rules = wanted_rules(pathway, family, facts);
+                wanted
+                    .rules
+                    .extend(rules.into_iter().map(|rule| (rule, pathway.mark)));
+                let route = Route {
+                    family,
+                    table: pathway.table.get(),
+                    protocol: PROTOCOL,
+                };
+                wanted.routes.insert(route, pathway.mark);
+                if wants_lines(pathway, facts) {
+                    wanted.lines.extend(
+                        [
+                            (Chain::Output, Job::Save),
+                            (Chain::Output, Job::Restore),
+                            (Chain::Prerouting, Job::Restore),
+                        ]
+                        .map(|(chain, job)| Line {
+                            family,
+                            chain,
+                            job,
+                            mark: pathway.mark,
+                            mask: pathway.mask,
+                        }),
+                    );
+                }
+            }
+        }
+        wanted
+    }
+}
+
+/// Whether CONNMARK lines are wanted. With `route_localnet` on, a loopback target has no unmarked rule
+/// to rely on, so `auto` cannot leave them out.
+pub fn wants_lines(pathway: &Pathway, facts: &Facts) -> bool {
+    pathway.wants_connmark() || (pathway.connmark == ConnmarkMode::Auto && facts.route_localnet)
+}
+
+pub(super) fn marked(pathway: &Pathway, family: Family) -> Rule {
+    Rule {
+        family,
+        priority: pathway.priority.get(),
+        source: loopback(family),
+        mark: Some((pathway.mark.get(), pathway.mask.get())),
+        iif_lo: true,
+        table: pathway.table.get(),
+        protocol: PROTOCOL,
+    }
+}
+
+pub(super) fn wanted_rules(pathway: &Pathway, family: Family, facts: &Facts) -> Vec<Rule> {
+    let marked = marked(pathway, family);
+    let mut rules = vec![marked];
+    // A reply is routed once before it has its mark. From 127.0.0.1 to an outside client that look-up
+    // fails unless route_localnet is on, so the unmarked rule answers it. Where it is on, the rule
+    // would catch replies to clients that were DNATed to 127.0.0.1; there the main table answers, and
+    // the rule is needed only behind it, for a host without a default route.
+    let relies_on_main =
+        family == Family::V4 && facts.route_localnet && wants_lines(pathway, facts);
+    let unmarked = if !relies_on_main {
+        Some(pathway.priority.unmarked())
+    } else if !facts.default_route.contains(&family) {
+        Some(UNROUTED_PRIORITY)
+    } else {
+        None
+    };
+    rules.extend(unmarked.map(|priority| Rule {
+        priority,
+        mark: None,
+        ..marked
+    }));
+    for &source in &pathway.targets {
+        if Family::of(source.addr()) != family {
+            continue;
+        }
+        // no `iif`: a container's reply comes in on its bridge. Never without `from`: the relay's own
+        // packets carry the mark too, with the client as source.
+        let rule = Rule {
+            source,
+            iif_lo: false,
+            ..marked
+        };
+        rules.push(rule);
+        let own =
+            source.prefix_len() == source.max_prefix_len() && facts.own.contains(&source.addr());
+        if own && !facts.default_route.contains(&family) {
+            rules.push(Rule {
+                priority: UNROUTED_PRIORITY,
+                mark: None,
+                ..rule
+            });
+        }
+    }
+    rules
+}
