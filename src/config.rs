@@ -5,6 +5,7 @@
 
 mod allow;
 mod columns;
+mod destinations;
 mod diagnostics;
 mod instance_options;
 mod instances;
@@ -333,6 +334,13 @@ fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
             .filter(|ip| !ip.is_loopback())
             .map(IpNet::from);
         pathway.targets.extend(targets);
+        let chosen = instances
+            .iter()
+            .filter(|instance| instance.mark == pathway.mark)
+            .filter_map(|instance| instance.options.destinations.as_ref())
+            .flatten()
+            .filter(|prefix| !prefix.addr().is_loopback());
+        pathway.targets.extend(chosen);
     }
 }
 

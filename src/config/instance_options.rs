@@ -4,6 +4,7 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::destinations;
 use super::diagnostics::{Diagnostic, Diagnostics};
 use super::options::Options;
 use super::source::{Source, Word};
@@ -11,7 +12,7 @@ use crate::model::{
     InstanceOptions, Listen, PortPolicy, Protocol, UdpHeader, ValueError, parse_duration,
 };
 
-const OPTIONS: [&str; 14] = [
+const OPTIONS: [&str; 16] = [
     "protocol",
     "udp-header",
     "idle-timeout",
@@ -26,6 +27,8 @@ const OPTIONS: [&str; 14] = [
     "socket-mode",
     "socket-owner",
     "resolve",
+    "target",
+    "destinations",
 ];
 
 /// The most listeners an instance may have: beyond one a core they only cost.
@@ -75,6 +78,7 @@ fn read(source: &Source, given: &Options<'_>, found: &mut Diagnostics) -> Instan
         max_flows_per_proxy: given.value("max-flows-per-proxy", parse_count, found),
         socket_mode: given.value("socket-mode", str::parse, found),
         socket_owner: given.value("socket-owner", str::parse, found),
+        destinations: destinations::parse(source, given, found),
         resolve: given.value("resolve", parse_interval, found),
     };
     // with a protocol= that is itself a mistake, which options fit it is anyone's guess

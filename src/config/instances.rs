@@ -211,13 +211,30 @@ struct Cells<'s> {
 impl<'s> Cells<'s> {
     fn line(&self, row: Row, found: &mut Diagnostics) -> Line<'s> {
         let before = found.errors();
+        let cell = self
+            .cells
+            .get(columns::OPTIONS)
+            .copied()
+            .filter(|cell| !cell.text.is_empty());
+        let (options, allow) = instance_options::parse(self.source, cell, found);
+        let in_header = options.destinations.is_some();
         let name = self.take(columns::NAME, row.name, found);
         let mark = self.take(columns::FWMARK, row.fwmark, found);
         let listen = self.take(columns::LISTEN, row.listen_addr, found);
         let target4 = self.take(columns::TARGET4, row.target_ipv4, found);
-        let port = self.take(columns::PORT, row.target_port, found);
+        let no_port = in_header
+            && self
+                .cells
+                .get(columns::PORT)
+                .is_some_and(|cell| cell.text == "-");
+        let port = match no_port {
+            true => None,
+            false => self.take(columns::PORT, row.target_port, found),
+        };
         let target6 = self.take(columns::TARGET6, row.target_ipv6, found);
-        if let (Some((Target::NotServed, word4)), Some((Target::NotServed, word6))) =
+        if in_header {
+            self.check_no_target(found);
+        } else if let (Some((Target::NotServed, word4)), Some((Target::NotServed, word6))) =
             (&target4, &target6)
         {
             found.push(
@@ -229,21 +246,21 @@ impl<'s> Cells<'s> {
                 .with(&self.source.position(*word4), "nor here"),
             );
         }
-        let cell = self
-            .cells
-            .get(columns::OPTIONS)
-            .copied()
-            .filter(|cell| !cell.text.is_empty());
-        let (options, allow) = instance_options::parse(self.source, cell, found);
-
         let place = listen.as_ref().map(|(listen, word)| (listen, *word));
-        let target_ports = self.target_ports(place, port, found);
+        let target_ports = match in_header {
+            true => Some(TargetPorts::One),
+            false => self.target_ports(place, port, found),
+        };
         if let Some((listen, word)) = place {
             instance_options::check_listen(self.source, (listen, word), cell, &options, found);
         }
         let complete = found.errors() == before && self.cells.len() >= REQUIRED;
         let instance = complete.then_some(()).and_then(|()| {
-            let port = port?.0.first();
+            let port = match port {
+                Some((ports, _)) => ports.first(),
+                None if in_header => 0,
+                None => return None,
+            };
             let (target4, target6) = (target4.as_ref()?, target6.as_ref()?);
             let mut named = NamedTargets::default();
             if let Target::Named(name) = &target4.0 {
@@ -278,6 +295,26 @@ impl<'s> Cells<'s> {
             target4_word: target4.map(|(_, word)| word),
             target6_word: target6.map(|(_, word)| word),
             instance,
+        }
+    }
+
+    /// The columns of the service are empty where the header says where it is.
+    fn check_no_target(&self, found: &mut Diagnostics) {
+        for column in [columns::TARGET4, columns::PORT, columns::TARGET6] {
+            let Some(cell) = self.cells.get(column) else {
+                continue;
+            };
+            if cell.text != "-" && !cell.text.is_empty() {
+                found.push(Diagnostic::error(
+                    self.source.position(*cell),
+                    format!(
+                        "column {} ({}) with target=header",
+                        column + 1,
+                        NAMES[column]
+                    ),
+                    "-, because the header says where the service is",
+                ));
+            }
         }
     }
 

@@ -144,6 +144,7 @@ fn options() -> impl Strategy<Value = InstanceOptions> {
                     socket_mode: None,
                     socket_owner: None,
                     resolve: None,
+                    destinations: None,
                 }
             },
         )

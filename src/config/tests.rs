@@ -1201,3 +1201,27 @@ error: 'a:b:c' is not an owner
 "#]]
     );
 }
+
+#[test]
+fn targets_that_are_names_or_in_the_header() {
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t192.0.2.9:1\tdb.internal\t22\tdocker:web@front\tresolve=5s\n\
+             b\t1\t192.0.2.9:2\t-\t-\t-\ttarget=header,destinations=10.0.0.0/24+fd00:1::/64\n"
+        ),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:1\t127.0.0.l\t22\tdocker:a/b\tresolve=5ms\n"),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t192.0.2.9:1\t-\t-\t-\ttarget=header\n\
+             b\t1\t192.0.2.9:2\t127.0.0.1\t22\t-\tdestinations=10.0.0.1\n\
+             c\t1\t192.0.2.9:3\t127.0.0.1\t22\t-\ttarget=header,destinations=0.0.0.0/0++x\n\
+             d\t1\t192.0.2.9:4\t-\t-\t-\ttarget=me\n"
+        ),
+        str![]
+    );
+}

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::Serialize;
 
 use super::duration::{self, Written};
@@ -200,6 +201,10 @@ pub struct InstanceOptions {
     /// `socket-owner=`: whom a Unix socket's file is given to; stays with the process's user unless said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket_owner: Option<SocketOwner>,
+    /// `target=header` with these `destinations=`: the target is where the client wanted to go, as far as it is
+    /// in one of these prefixes. `None`: the target is the instance's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub destinations: Option<Vec<IpNet>>,
     /// `resolve=`: how often targets that are names are looked up again; seconds in JSON.
     #[serde(
         serialize_with = "duration::serialize_option",
@@ -237,9 +242,16 @@ impl InstanceOptions {
             max_flows_per_proxy: None,
             socket_mode: None,
             socket_owner: None,
+            destinations: None,
             resolve: None,
         }
     }
+}
+
+/// Prefixes as `destinations=` has them.
+fn joined(prefixes: &[IpNet]) -> String {
+    let texts: Vec<String> = prefixes.iter().map(ToString::to_string).collect();
+    texts.join("+")
 }
 
 /// The options as instances.tsv has them: what differs from the defaults, comma-separated; empty when nothing does.
@@ -259,6 +271,7 @@ impl fmt::Display for InstanceOptions {
             max_flows_per_proxy,
             socket_mode,
             socket_owner,
+            destinations,
             resolve,
         } = self;
         let default = Self::defaults(*protocol);
@@ -301,6 +314,9 @@ impl fmt::Display for InstanceOptions {
         }
         if let Some(owner) = socket_owner {
             words.push(format!("socket-owner={owner}"));
+        }
+        if let Some(prefixes) = destinations {
+            words.push(format!("target=header,destinations={}", joined(prefixes)));
         }
         if let Some(interval) = resolve {
             words.push(format!("resolve={}", Written(*interval)));
@@ -351,6 +367,11 @@ impl Instance {
 
     /// That for clients of one family, or `None` where it is not served.
     pub fn target_of(&self, family: Family) -> Option<String> {
+        if let Some(prefixes) = &self.options.destinations {
+            let of_family = |prefix: &&IpNet| Family::of(prefix.addr()) == family;
+            let some: Vec<IpNet> = prefixes.iter().filter(of_family).copied().collect();
+            return (!some.is_empty()).then(|| format!("header ({})", joined(&some)));
+        }
         let target = self.target(family);
         let Some(name) = self.named.of(family) else {
             return target.map(|target| self.target_text(target));

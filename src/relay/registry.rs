@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::header::{Header, Tlvs, Version};
+use super::header::{Endpoints, Header, Tlvs, Version};
 use super::settings::Settings;
 use super::view::{Connection, Ended, Filter, Reason, Stage};
 use crate::model::{ClientAddr, InstanceName, ProxyAddr, TargetAddr};
@@ -130,11 +130,16 @@ pub(super) struct Entry {
 struct Sent {
     unique_id: Option<Box<[u8]>>,
     authority: Option<Box<str>>,
+    /// The destination, where it is the target.
+    asked: Option<TargetAddr>,
 }
 
 impl Entry {
     /// Where it goes, once the client is known.
     pub(super) fn target(&self) -> Option<TargetAddr> {
+        if self.settings.destinations.is_some() {
+            return self.sent.get()?.asked;
+        }
         self.settings.target_at(self.client()?.family(), self.port)
     }
 
@@ -157,7 +162,13 @@ impl Entry {
         self.client.set(Packed::new(client.get()));
         self.version.set(Some(header.version));
         self.stage.set(Stage::Connecting);
-        if let Some(sent) = sent(header.tlvs) {
+        let asked = match header.endpoints {
+            Endpoints::Proxied { destination, .. } if self.settings.destinations.is_some() => {
+                Some(TargetAddr::new(destination))
+            }
+            _ => None,
+        };
+        if let Some(sent) = sent(header.tlvs, asked) {
             // a connection has one header: the cell is empty
             let _ = self.sent.set(Box::new(sent));
         }
@@ -244,15 +255,16 @@ impl Entry {
     }
 }
 
-fn sent(tlvs: Tlvs<'_>) -> Option<Sent> {
+fn sent(tlvs: Tlvs<'_>, asked: Option<TargetAddr>) -> Option<Sent> {
     let unique_id = tlvs.unique_id().map(Box::from);
     let authority = tlvs.authority().map(|name| {
         let end = name.floor_char_boundary(MAX_AUTHORITY);
         Box::from(&name[..end])
     });
-    (unique_id.is_some() || authority.is_some()).then_some(Sent {
+    (unique_id.is_some() || authority.is_some() || asked.is_some()).then_some(Sent {
         unique_id,
         authority,
+        asked,
     })
 }
 

@@ -317,6 +317,16 @@ pub(super) fn header_timeout(received: &[u8], limit: Duration) -> String {
     )
 }
 
+/// A destination in a header that is not to be connected to.
+pub(super) fn refused_destination(asked: Option<SocketAddr>) -> String {
+    match asked {
+        Some(asked) => format!(
+            "refused: the destination {asked} in the PROXY header is in none of destinations=, or not of the client's family"
+        ),
+        None => "refused: the PROXY header names no destination (LOCAL or UNKNOWN)".to_owned(),
+    }
+}
+
 /// Why a client address is refused.
 pub(super) fn refused_client(refusal: Refusal, family: Family, named: &NamedTargets) -> String {
     match refusal {

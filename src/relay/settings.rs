@@ -1,12 +1,16 @@
 //! What one relay is told: values only, nothing that was read from a file here.
 
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
+
+use super::counters::Refusal;
 use crate::model::{
-    AllowList, Family, Instance, InstanceName, InstanceOptions, Mark, NamedTargets, PortPolicy,
-    TargetAddr, TargetPorts,
+    AllowList, ClientAddr, Family, Instance, InstanceName, InstanceOptions, Mark, NamedTargets,
+    PortPolicy, TargetAddr, TargetPorts,
 };
 
 /// How one relay treats its connections.
@@ -20,6 +24,8 @@ pub struct Settings {
     pub target4: Option<TargetAddr>,
     /// Where IPv6 clients go; `None` refuses them.
     pub target6: Option<TargetAddr>,
+    /// The target is the header's destination, in one of these prefixes.
+    pub destinations: Option<Arc<[IpNet]>>,
     /// The targets that are names, for the message about one that has no address yet.
     pub named: NamedTargets,
     /// Where a range of ports is listened on and each goes to a port of its own: the first of the listener's,
@@ -62,6 +68,7 @@ impl Settings {
             mark: instance.mark,
             target4: instance.target(Family::V4),
             target6: instance.target(Family::V6),
+            destinations: instance.options.destinations.as_deref().map(Arc::from),
             named: instance.named.clone(),
             first_port: match instance.target_ports {
                 TargetPorts::One => None,
@@ -74,6 +81,33 @@ impl Settings {
             port,
             max_connections,
             max_waiting: Self::DEFAULT_MAX_WAITING,
+        }
+    }
+
+    /// Where a client goes that came to this port and asked the proxy for this destination, if the header says so.
+    pub(super) fn target_for(
+        &self,
+        client: ClientAddr,
+        asked: Option<SocketAddr>,
+        port: u16,
+    ) -> Result<TargetAddr, Refusal> {
+        let Some(allowed) = &self.destinations else {
+            let target = self.target_at(client.family(), port);
+            return target.ok_or(Refusal::FamilyNotServed);
+        };
+        let asked = asked.map(TargetAddr::new);
+        let reachable = |asked: &TargetAddr| {
+            let ip = asked.ip();
+            let nowhere = match ip {
+                IpAddr::V4(v4) => v4.is_broadcast() || v4.octets()[0] == 0,
+                IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.is_unspecified(),
+            };
+            let within = allowed.iter().any(|prefix| prefix.contains(&ip));
+            within && !nowhere && !ip.is_multicast() && asked.port() != 0
+        };
+        match asked.filter(reachable) {
+            Some(target) if target.family() == client.family() => Ok(target),
+            _ => Err(Refusal::DestinationRefused),
         }
     }
 

@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::future::Future;
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -205,9 +206,15 @@ fn judge(conn: &Conn, received: &[u8]) -> Verdict {
             return Verdict::Refused;
         }
         Ok(Decoded::Complete { header, length }) => {
-            let client = match (header.endpoints, conn.entry.proxy()) {
-                (Endpoints::Proxied { client, .. }, _) => client,
-                (Endpoints::Local, ProxyAddr::Inet(proxy)) => ClientAddr::new(proxy),
+            let (client, asked) = match (header.endpoints, conn.entry.proxy()) {
+                (
+                    Endpoints::Proxied {
+                        client,
+                        destination,
+                    },
+                    _,
+                ) => (client, Some(destination)),
+                (Endpoints::Local, ProxyAddr::Inet(proxy)) => (ClientAddr::new(proxy), None),
                 // nobody whom the service could be shown, and nothing to be said about every few seconds
                 (Endpoints::Local, proxy @ ProxyAddr::Local(_)) => {
                     conn.counters.empty.add(1);
@@ -217,7 +224,7 @@ fn judge(conn: &Conn, received: &[u8]) -> Verdict {
                 }
             };
             conn.entry.has_header(&header, client);
-            (client, &received[length..])
+            ((client, asked), &received[length..])
         }
         Err(error) => {
             let kind = match error {
@@ -229,11 +236,17 @@ fn judge(conn: &Conn, received: &[u8]) -> Verdict {
             return Verdict::Refused;
         }
     };
-    open(conn, client, surplus).map_or(Verdict::Refused, Verdict::Opened)
+    let (client, asked) = client;
+    open(conn, client, asked, surplus).map_or(Verdict::Refused, Verdict::Opened)
 }
 
 /// Begins the spoofed connection and hands over the surplus if the service takes it at once.
-fn open(conn: &Conn, client: ClientAddr, surplus: &[u8]) -> Option<Opened> {
+fn open(
+    conn: &Conn,
+    client: ClientAddr,
+    asked: Option<SocketAddr>,
+    surplus: &[u8],
+) -> Option<Opened> {
     let settings = conn.settings();
     let family = client.family();
     let began = Instant::now();
@@ -245,8 +258,13 @@ fn open(conn: &Conn, client: ClientAddr, surplus: &[u8]) -> Option<Opened> {
     if let Some(kind) = client::refusal(client.ip()) {
         return refused(kind);
     }
-    let Some(to) = settings.target_at(family, conn.entry.port()) else {
-        return refused(Refusal::FamilyNotServed);
+    let to = match settings.target_for(client, asked, conn.entry.port()) {
+        Ok(to) => to,
+        Err(kind @ Refusal::DestinationRefused) => {
+            refuse(conn, kind, &report::refused_destination(asked));
+            return None;
+        }
+        Err(kind) => return refused(kind),
     };
     let spoofed = socket::spoofed_tcp(&Spoof {
         client,

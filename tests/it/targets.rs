@@ -2,6 +2,7 @@
 //! pathways follow the addresses.
 
 mod containers;
+mod header;
 mod hosts;
 
 use std::net::{SocketAddr, TcpStream};

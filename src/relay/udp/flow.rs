@@ -80,14 +80,19 @@ impl Key {
         }
     }
 
-    /// The flow of a client behind a proxy's address and port.
+    /// The flow of a client behind a proxy's address and port; by where it sent to as well, where that is the
+    /// target.
     #[inline]
-    pub(super) fn of_client(path: &Path, client: &Client) -> Self {
+    pub(super) fn of_client(path: &Path, client: &Client, by_destination: bool) -> Self {
         let key = Self::of_proxy(path);
         match client {
             Client::Proxy => key,
-            Client::Named { client, .. } => Self {
+            Client::Named { client, asked } => Self {
                 client: Packed::new(client.get()),
+                via: match by_destination {
+                    true => Packed::new(*asked).at(path.port),
+                    false => key.via,
+                },
                 ..key
             },
             Client::Spp(header) => Self {
@@ -267,22 +272,27 @@ mod tests {
         let keys = [
             Key::of_proxy(&here),
             // what no client can be must not be taken for the proxy itself
-            Key::of_client(&here, &named("[::]:0")),
-            Key::of_client(&here, &named("192.0.2.1:5")),
+            Key::of_client(&here, &named("[::]:0"), false),
+            Key::of_client(&here, &named("192.0.2.1:5"), false),
             Key::of_proxy(&Path { port: 54, ..here }),
-            Key::of_client(&Path { port: 54, ..here }, &named("192.0.2.1:5")),
+            Key::of_client(&Path { port: 54, ..here }, &named("192.0.2.1:5"), false),
             Key::of_client(
                 &Path { port: 54, ..here },
                 &spp("192.0.2.1:5", "203.0.113.1:53"),
+                false,
             ),
-            Key::of_client(&here, &named("192.0.2.1:6")),
-            Key::of_client(&path("10.0.0.1:2", None), &named("192.0.2.1:5")),
-            Key::of_client(&path("10.0.0.2:1", None), &named("192.0.2.1:5")),
-            Key::of_client(&path("10.0.0.1:1", Some("10.9.9.1")), &named("192.0.2.1:5")),
-            Key::of_client(&path("[fe80::1%2]:1", None), &named("192.0.2.1:5")),
-            Key::of_client(&path("[fe80::1%3]:1", None), &named("192.0.2.1:5")),
-            Key::of_client(&here, &spp("192.0.2.1:5", "203.0.113.1:53")),
-            Key::of_client(&here, &spp("192.0.2.1:5", "203.0.113.2:53")),
+            Key::of_client(&here, &named("192.0.2.1:6"), false),
+            Key::of_client(&path("10.0.0.1:2", None), &named("192.0.2.1:5"), false),
+            Key::of_client(&path("10.0.0.2:1", None), &named("192.0.2.1:5"), false),
+            Key::of_client(
+                &path("10.0.0.1:1", Some("10.9.9.1")),
+                &named("192.0.2.1:5"),
+                false,
+            ),
+            Key::of_client(&path("[fe80::1%2]:1", None), &named("192.0.2.1:5"), false),
+            Key::of_client(&path("[fe80::1%3]:1", None), &named("192.0.2.1:5"), false),
+            Key::of_client(&here, &spp("192.0.2.1:5", "203.0.113.1:53"), false),
+            Key::of_client(&here, &spp("192.0.2.1:5", "203.0.113.2:53"), false),
         ];
         for (at, key) in keys.iter().enumerate() {
             assert_eq!(keys.iter().position(|other| other == key), Some(at));

@@ -391,7 +391,7 @@ mod tests {
         let client = ClientAddr::new(client.parse().unwrap());
         let asked = SocketAddr::from(([198, 51, 100, 1], 53));
         Route {
-            key: Key::of_client(&path, &Client::Named { client, asked }),
+            key: Key::of_client(&path, &Client::Named { client, asked }, false),
             path,
             client,
             target: TargetAddr::new(SocketAddr::from(([127, 0, 0, 1], 53))),

@@ -4,11 +4,13 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::{Rig, addr, relayed};
 use crate::relay::lab::{SOON, Service, announce};
-use crate::support::net::{Host, Running, wait_for};
+use crate::support::net::{Running, wait_for};
 use crate::udp::lab as udp;
 
 impl Rig {
@@ -181,7 +183,7 @@ fn thousands_of_listeners_are_cheap() {
         &rig,
         &format!("one\t123\t10.0.0.1:9\t127.0.0.1\t{port}\t-\n"),
     );
-    stop(running, &rig.wks);
+    stop(&rig, running);
     let range = "10.0.0.1:10000-13999\t127.0.0.1";
     for (options, most) in [("", 2.5), ("protocol=udp", 2.5)] {
         let (took, memory, descriptors, running) =
@@ -201,33 +203,21 @@ fn thousands_of_listeners_are_cheap() {
             running.wait_log("handed over");
             a_connection_works(&rig, "10.0.0.1:12345", "192.0.2.7:4002");
         }
-        stop(running, &rig.wks);
+        stop(&rig, running);
     }
 }
 
 /// Ends every process of this host.
-fn stop(mut running: Running, host: &Host) {
-    let _ = running.signal(nix::sys::signal::Signal::SIGTERM);
+fn stop(rig: &Rig, mut running: Running) {
+    running.signal(Signal::SIGTERM);
     running.wait(SOON);
-    wait_for("the control socket to go", || {
-        let left = std::fs::read_dir(host.dir().join("run")).expect("the directory");
-        let sockets = left
-            .flatten()
-            .filter(|one| one.file_name().to_string_lossy().ends_with(".sock"));
-        for socket in sockets {
-            if let Ok(stream) = std::os::unix::net::UnixStream::connect(socket.path())
-                && let Ok(peer) = nix::sys::socket::getsockopt(
-                    &stream,
-                    nix::sys::socket::sockopt::PeerCredentials,
-                )
-            {
-                let _ = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(peer.pid()),
-                    nix::sys::signal::Signal::SIGTERM,
-                );
-                return false;
-            }
-        }
-        true
-    });
+    // a successor is nobody's child
+    let output = rig.ctl("status --json");
+    let left: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    for process in left.as_array().into_iter().flatten() {
+        let pid = process["pid"].as_i64().expect("a pid");
+        let pid = Pid::from_raw(i32::try_from(pid).expect("a pid"));
+        kill(pid, Signal::SIGTERM).expect("stop the successor");
+    }
+    wait_for("every process to end", || !rig.ctl("status --json").status.success());
 }

@@ -196,6 +196,7 @@ pub(crate) fn settings(targets: &[SocketAddr]) -> Settings {
         name: "test".parse().expect("a name"),
         mark: Mark::new(MARK).expect("a mark"),
         first_port: None,
+        destinations: None,
         named: NamedTargets::default(),
         target4: target(false),
         target6: target(true),

@@ -94,6 +94,7 @@ impl<'r> Engine<'r> {
             .rig
             .wks
             .command("podman")
+            .env("CONTAINERS_CONF", self.directory.join("containers.conf"))
             .arg("--url")
             .arg(self.socket())
             .args(words.split_whitespace())
