@@ -98,6 +98,8 @@ pub enum Command {
     Explain(ExplainArgs),
     /// Validate the three files and show what they say
     Check(CheckArgs),
+    /// Prove each pathway with a spoofed connection; name what is wrong and the command that mends it
+    Doctor(DoctorArgs),
     /// Be the proxy: send a PROXY header for a given client, then pass stdin and stdout
     Probe(ProbeArgs),
     /// Show the whole chain in private network namespaces; nothing on the host is touched
@@ -123,6 +125,8 @@ pub enum PathwayCommand {
     List(PathwayListArgs),
     /// Exit 0 when all is in place, 1 with each missing piece named
     Check(PathwayCheckArgs),
+    /// Install every pathway of pathways.conf and keep it: what another program removes is put back at once
+    Watch(PathwayWatchArgs),
 }
 
 /// `pathway add` and `pathway del`.
@@ -169,6 +173,24 @@ pub struct PathwayCheckArgs {
     pub json: bool,
 }
 
+/// `pathway watch`.
+#[derive(Debug, Args)]
+#[command(after_help = WATCH_HELP)]
+pub struct PathwayWatchArgs {
+    /// Leave the pathways in place at the end
+    #[arg(long)]
+    pub no_remove: bool,
+    /// How often to look at what the kernel does not tell of: sysctls, and iptables-legacy
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = parse_duration)]
+    pub poll: Duration,
+}
+
+const WATCH_HELP: &str = "\
+Runs in the foreground until SIGTERM or SIGINT, then removes the pathways. Reads the files again when
+they change, and on SIGHUP; a mistake in them changes nothing. Every repair is logged with what was lost
+and who took it, as far as the kernel tells. What takes a pathway away again and again is given way to,
+for up to 30 s at a time.";
+
 /// `run`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
@@ -181,7 +203,7 @@ pub struct RunArgs {
     /// Reload by itself when a file of the configuration changes
     #[arg(long)]
     pub watch_config: bool,
-    /// Install the pathways that are needed, and remove them at the end
+    /// Install the pathways that are needed, keep them in place, and remove them at the end
     #[arg(long, conflicts_with = "no_check")]
     pub manage_pathways: bool,
     /// Start although the pathway may not be in place
@@ -527,6 +549,23 @@ fn endpoint(text: &str) -> Result<SocketAddr, &'static str> {
     text.parse().map_err(
         |_| "expected an address and a port such as 192.0.2.7:40000 or [2001:db8::7]:40000",
     )
+}
+
+/// `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Instances, as named in instances.tsv; none means all of them. With --demo: faults
+    #[arg(value_name = "INSTANCE")]
+    pub instances: Vec<String>,
+    /// Print JSON (docs/doctor.md)
+    #[arg(long)]
+    pub json: bool,
+    /// Put in place what is missing of the pathways; everything else is only printed
+    #[arg(long)]
+    pub fix: bool,
+    /// Show each fault and its verdict in private network namespaces; nothing on the host is touched
+    #[arg(long, conflicts_with_all = ["json", "fix"])]
+    pub demo: bool,
 }
 
 /// `demo`.

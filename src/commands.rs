@@ -6,7 +6,9 @@ mod ask;
 mod check;
 mod conns;
 mod demo;
+mod doctor;
 mod explain;
+mod files;
 mod output;
 mod pathway;
 mod probe;
@@ -75,6 +77,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Top(args) => top::run(&global, &args),
         Command::Explain(args) => explain::run(&global, &args),
         Command::Check(args) => check::run(&global, &args),
+        Command::Doctor(args) => doctor::run(&global, args),
         Command::Probe(args) => probe::run(&global, args),
         Command::Demo(args) => demo::run(&global, args),
         Command::Completions(args) => {

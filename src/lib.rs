@@ -37,6 +37,7 @@ pub mod commands;
 pub mod config;
 pub mod control;
 pub mod demo;
+pub mod doctor;
 pub mod logging;
 pub mod metrics;
 pub mod model;

@@ -23,6 +23,7 @@ use crate::relay::report::LastError;
 use crate::relay::server::Server;
 use crate::relay::udp::counters as udp;
 use crate::relay::view::{Ask, Connection, Filter, Query};
+use crate::runtime_dir::RuntimeDir;
 
 pub use pathways::{PathwayReport, PathwayState};
 pub use rates::Rates;
@@ -127,6 +128,9 @@ pub struct InstanceReport {
     /// What last went wrong with a connection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<LastError>,
+    /// The last error of each kind and proxy, the newest last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recent_errors: Vec<LastError>,
 }
 
 /// The answer to `conns`.
@@ -160,15 +164,16 @@ impl Overview {
     /// How often [`Overview::sample`] is to be called.
     pub const SAMPLING: Duration = Duration::from_secs(5);
 
-    /// Begins now; pathways are looked at with this choice of a firewall.
-    pub fn new(firewall: Firewall) -> Self {
+    /// Begins now; pathways are looked at with this choice of a firewall, and with what the processes of
+    /// this runtime directory have repaired.
+    pub fn new(firewall: Firewall, runtime_dir: RuntimeDir) -> Self {
         Self {
             started: Instant::now(),
             started_at: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |since| since.as_secs()),
             rates: rates::Sampler::default(),
-            pathways: pathways::Watch::new(firewall),
+            pathways: pathways::Watch::new(firewall, runtime_dir),
         }
     }
 
@@ -206,6 +211,11 @@ impl Overview {
                         .iter()
                         .filter_map(|server| server.last_error())
                         .max_by_key(|error| error.at),
+                    recent_errors: subject
+                        .servers
+                        .iter()
+                        .flat_map(|server| server.recent_errors())
+                        .collect(),
                 }
             })
             .collect();

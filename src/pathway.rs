@@ -7,6 +7,7 @@
 //! | [`netlink`] | rules and routes through rtnetlink |
 //! | [`firewall`] | what gives replies their mark: the choice of a back end, and the back ends |
 //! | [`host`] | lock, read, diff, apply, read back, verify, undo |
+//! | [`watch`] | keeping them: told of changes, reading again, repairing, counting |
 //!
 //! Must not know: connections, configuration files, how a report is shown.
 
@@ -15,6 +16,7 @@ pub mod host;
 pub mod netlink;
 pub mod piece;
 pub mod plan;
+pub mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

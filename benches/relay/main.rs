@@ -7,6 +7,7 @@
 //! cargo bench --bench relay -- --rows connect --programs direct,mmproxyctl,haproxy --connmark off
 //! cargo bench --bench relay -- --syscalls            # strace -c, calls per connection
 //! cargo bench --bench relay -- --spread              # CPU time by worker thread
+//! cargo bench --bench relay -- --udp                 # the UDP rows: udp.json, udp.md
 //! ```
 //!
 //! Writes relay.json, relay.md and relay.svg to `--out`. What is measured, and how:
@@ -33,6 +34,7 @@ mod report;
 mod results;
 mod spread;
 mod syscalls;
+mod udp;
 mod usage;
 
 use std::net::SocketAddrV4;
@@ -98,9 +100,18 @@ struct Options {
     /// Show how evenly the relay's threads are used instead (default program: mmproxyctl)
     #[arg(long)]
     spread: bool,
+    /// Measure the UDP rows instead: an echo of 100 bytes
+    #[arg(long, conflicts_with_all = ["syscalls", "spread", "rows"])]
+    udp: bool,
+    /// Clients of the UDP rows [default: 1,50,500]
+    #[arg(long, requires = "udp", value_delimiter = ',', value_name = "NUMBER")]
+    clients: Vec<usize>,
     /// Be the echo service
     #[arg(long, hide = true, value_name = "ADDR:PORT")]
     echo: Option<SocketAddrV4>,
+    /// Be the UDP echo service
+    #[arg(long, hide = true, value_name = "ADDR:PORT")]
+    udp_echo: Option<SocketAddrV4>,
     /// What cargo bench passes to every harness
     #[arg(long, hide = true)]
     bench: bool,
@@ -123,6 +134,9 @@ fn main() -> Result<()> {
     if let Some(address) = options.echo {
         return echo::serve(address, extent.service_threads);
     }
+    if let Some(address) = options.udp_echo {
+        return udp::serve(address, extent.service_threads);
+    }
     if !nix::unistd::geteuid().is_root() {
         bail!("the benchmark builds network namespaces: run it as root");
     }
@@ -133,6 +147,10 @@ fn main() -> Result<()> {
     }
     if options.spread {
         return spread::run(options.programs_or(&[Program::Mmproxyctl]), rounds, extent);
+    }
+    if options.udp {
+        let (clients, programs) = (&options.clients, &options.programs);
+        return udp::run(clients, programs, rounds, extent, &options.out);
     }
     let connmarks = match options.connmark {
         ConnmarkChoice::Off => vec![false],

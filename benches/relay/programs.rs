@@ -196,7 +196,8 @@ impl Program {
         Ok(Some(command))
     }
 
-    fn path(self) -> PathBuf {
+    /// What is started.
+    pub(crate) fn path(self) -> PathBuf {
         match self {
             Self::Direct => PathBuf::new(),
             Self::Mmproxyctl => env!("CARGO_BIN_EXE_mmproxyctl").into(),

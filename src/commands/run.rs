@@ -6,18 +6,19 @@
 //! In order: [`keeper`] (where asked for), [`handover`] (what the process before passes on), [`start`],
 //! [`process`] (serve until told to stop), [`ending`].
 
+mod diagnosis;
 mod ending;
 mod fleet;
 mod handler;
 mod handover;
 mod keeper;
+mod pathways;
 mod plan;
 mod process;
 mod relay;
 mod signals;
 mod start;
 mod view;
-mod watch;
 
 use std::process::ExitCode;
 

@@ -12,6 +12,7 @@ use super::output::{Results, results, table, trimmed};
 use super::units::{byte_rate, bytes, rate, span};
 use crate::cli::{Global, StatusArgs};
 use crate::overview::{InstanceReport, PathwayState, Process, State};
+use crate::pathway::watch::Kind;
 use crate::relay::counters::{ConnectFailure, Refusal, Totals};
 use crate::relay::ports::Port;
 use crate::relay::report::LastError;
@@ -212,7 +213,15 @@ fn in_full(process: &Process, one: &InstanceReport) -> String {
     }
     line("state", state);
     line("failure", standing.last_failure.clone().unwrap_or_default());
-    let pathway = format!("{}, {}", pathway_name(one), one.pathway.state.name());
+    let mut pathway = format!("{}, {}", pathway_name(one), one.pathway.state.name());
+    if let Some(repairs) = one.pathway.repairs {
+        let kinds_of = Kind::ALL.map(|kind| (kind.name(), repairs.of(kind)));
+        let kinds_of = match repairs.total() {
+            0 => String::new(),
+            _ => format!(" ({})", kinds(&kinds_of)),
+        };
+        let _ = write!(pathway, ", kept: {} repairs{kinds_of}", repairs.total());
+    }
     line("pathway", pathway);
     for finding in &one.pathway.findings {
         line("", finding.clone());

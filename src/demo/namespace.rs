@@ -146,6 +146,11 @@ impl Namespace {
         Ok(host)
     }
 
+    /// A path by which other programs of this user find the host, while this value lives.
+    pub fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
+    }
+
     /// Whether the kernel serves IPv6 here.
     pub fn has_ipv6(&self) -> bool {
         self.ipv6

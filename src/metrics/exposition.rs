@@ -20,6 +20,7 @@ use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::overview::{InstanceReport, PathwayReport, PathwayState, Process, State};
+use crate::pathway::watch::Kind;
 use crate::relay::counters::{ConnectFailure, Refusal, Totals};
 use crate::relay::histogram::{BOUNDS, Distribution};
 use crate::relay::udp::counters as udp;
@@ -259,7 +260,29 @@ fn of_pathways(writer: &mut Writer<'_, '_>) -> fmt::Result {
             "Pieces of the pathway that are missing",
         ),
         |pathway| pathway.findings.len() as u64,
-    )
+    )?;
+    let about = (
+        "pathway_repairs",
+        "Pieces of the pathway that something removed and that were put back",
+    );
+    writer.family(about, None, MetricType::Counter, |family, _| {
+        for pathway in pathways {
+            let Some(repairs) = pathway.repairs else {
+                continue;
+            };
+            let mark = pathway.mark.to_string();
+            let name = pathway.name.as_deref().unwrap_or_default();
+            for kind in Kind::ALL {
+                let labels = [
+                    ("mark", mark.as_str()),
+                    ("pathway", name),
+                    ("kind", kind.name()),
+                ];
+                family.counter(labels, repairs.of(kind))?;
+            }
+        }
+        Ok(())
+    })
 }
 
 fn of_connections(writer: &mut Writer<'_, '_>) -> fmt::Result {

@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
 use crate::model::{Mark, Pathway};
+use crate::pathway::watch::repairs::{self, Counts};
 use crate::pathway::{self, Firewall};
+use crate::runtime_dir::RuntimeDir;
 
 /// How old an answer may be.
 const FRESH: Duration = Duration::from_secs(5);
@@ -27,6 +29,9 @@ pub struct PathwayReport {
     /// Each missing piece; or, where the state is unknown, why.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub findings: Vec<String>,
+    /// Pieces that were put back, where a process keeps the pathway.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repairs: Option<Counts>,
 }
 
 /// Whether a pathway is in place.
@@ -58,6 +63,7 @@ pub(super) struct Seen {
     wanted: Vec<Pathway>,
     at: Instant,
     found: Result<BTreeMap<u32, Vec<String>>, String>,
+    repairs: BTreeMap<u32, Counts>,
 }
 
 impl Seen {
@@ -76,6 +82,7 @@ impl Seen {
             name: pathway.and_then(|pathway| pathway.name.clone()),
             state,
             findings,
+            repairs: self.repairs.get(&mark.get()).copied(),
         }
     }
 }
@@ -84,14 +91,16 @@ impl Seen {
 #[derive(Debug)]
 pub(super) struct Watch {
     firewall: Firewall,
+    runtime_dir: RuntimeDir,
     last: Mutex<Option<Arc<Seen>>>,
 }
 
 impl Watch {
     /// Nothing seen yet.
-    pub(super) fn new(firewall: Firewall) -> Self {
+    pub(super) fn new(firewall: Firewall, runtime_dir: RuntimeDir) -> Self {
         Self {
             firewall,
+            runtime_dir,
             last: Mutex::default(),
         }
     }
@@ -122,6 +131,8 @@ impl Watch {
             wanted,
             at: Instant::now(),
             found,
+            // without them everything else is still worth showing
+            repairs: repairs::by_pathway(&self.runtime_dir).unwrap_or_default(),
         });
         *last = Some(Arc::clone(&seen));
         seen

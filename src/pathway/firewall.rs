@@ -146,6 +146,11 @@ impl Firewalls {
         }
     }
 
+    /// Whether lines of ours are, or would be, where the kernel tells nobody of a change.
+    pub(crate) fn is_silent(&self, found: &Found) -> bool {
+        self.iptables.is_silent(&found.iptables)
+    }
+
     /// Makes steps that [`same_transaction`] has put together.
     pub(crate) async fn write(&self, steps: &[Step]) -> Result<(), Error> {
         match steps {

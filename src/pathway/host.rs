@@ -8,10 +8,10 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::model::{ConnmarkMode, Family, Pathway};
-use crate::runtime_dir::{self, RuntimeDir};
+use crate::runtime_dir::{self, Attempt, Lock, RuntimeDir};
 
 use super::firewall::{self, Backend, Firewall, Firewalls, same_transaction};
 use super::netlink::{self, Lookup, Netlink, RoutesOf};
@@ -26,6 +26,10 @@ const ANYWHERE: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1)),
 ];
+
+/// The name of the lock that keeps two runs apart, and how often one that is held is tried again.
+const LOCK: &str = "pathways";
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// `CAP_NET_ADMIN`, see `capabilities(7)`.
 const CAP_NET_ADMIN: u32 = 12;
@@ -45,6 +49,9 @@ pub enum Error {
     /// The mangle table.
     #[error(transparent)]
     Firewall(firewall::Error),
+    /// The kernel's notifications.
+    #[error("cannot listen to the kernel's changes")]
+    Events(#[source] io::Error),
     /// A file under /proc.
     #[error("cannot read {path}")]
     Proc {
@@ -80,6 +87,17 @@ pub enum Error {
         #[source]
         source: Box<Error>,
     },
+}
+
+impl Error {
+    /// Whether it failed because an interface is down: a local route needs `lo` to be up.
+    pub fn is_network_down(&self) -> bool {
+        match self {
+            Self::Netlink(error) => error.errno() == Some(libc::ENETDOWN),
+            Self::Undone { source, .. } => source.is_network_down(),
+            _ => false,
+        }
+    }
 }
 
 impl From<netlink::Error> for Error {
@@ -127,6 +145,7 @@ pub struct Report {
 }
 
 /// What is there and what it means for these pathways.
+#[derive(Debug)]
 pub(super) struct Reading {
     pub(super) facts: Facts,
     pub(super) present: Present,
@@ -140,13 +159,10 @@ pub(super) async fn change(
     options: &Options,
 ) -> Result<Report, Error> {
     let host = Host::open(goal, options.firewall)?;
-    let lock = || {
-        options
-            .runtime_dir
-            .lock("pathways", options.lock_timeout)
-            .map_err(Error::Lock)
+    let _lock = match options.dry_run {
+        true => None,
+        false => Some(lock(options).await?),
     };
-    let _lock = (!options.dry_run).then(lock).transpose()?;
     let reading = host.read(pathways).await?;
     let plan = plan::plan(goal, pathways, &reading.facts, &reading.present);
     let mut notes = reading.notes;
@@ -166,6 +182,27 @@ pub(super) async fn change(
         }
     }
     Ok(Report { changes, notes })
+}
+
+/// The lock that keeps two runs apart. Waits without keeping the thread from other work: that may be
+/// what has the lock.
+pub(super) async fn lock(options: &Options) -> Result<Lock, Error> {
+    let start = Instant::now();
+    let limit = options.lock_timeout;
+    loop {
+        match options.runtime_dir.try_lock(LOCK)? {
+            Attempt::Held(lock) => return Ok(lock),
+            Attempt::HeldBy(holder) if start.elapsed() >= limit => {
+                let path = options.runtime_dir.file(LOCK, "lock")?;
+                return Err(Error::Lock(runtime_dir::Error::Busy {
+                    path,
+                    holder,
+                    limit,
+                }));
+            }
+            Attempt::HeldBy(_) => tokio::time::sleep(LOCK_PAUSE).await,
+        }
+    }
 }
 
 /// Reads what is there, without a lock.
@@ -223,7 +260,8 @@ fn require_net_admin() -> Result<(), Error> {
 }
 
 /// The ways into the kernel.
-struct Host {
+#[derive(Debug)]
+pub(super) struct Host {
     goal: Goal,
     netlink: Netlink,
     /// The families the kernel has.
@@ -232,7 +270,7 @@ struct Host {
 }
 
 impl Host {
-    fn open(goal: Goal, firewall: Firewall) -> Result<Self, Error> {
+    pub(super) fn open(goal: Goal, firewall: Firewall) -> Result<Self, Error> {
         require_net_admin()?;
         let families = kernel_families();
         Ok(Self {
@@ -243,9 +281,24 @@ impl Host {
         })
     }
 
-    async fn read(&self, pathways: &[Pathway]) -> Result<Reading, Error> {
+    /// Everything that matters to these pathways.
+    pub(super) async fn read(&self, pathways: &[Pathway]) -> Result<Reading, Error> {
         let firewall = self.firewalls.read().await?;
-        let backend = self.firewalls.backend(&firewall);
+        let (facts, notes) = self.read_facts(pathways, &firewall).await?;
+        Ok(Reading {
+            present: self.present(pathways, firewall).await?,
+            facts,
+            notes,
+        })
+    }
+
+    /// What of the host decides how the scheme looks, and what a person should know of it.
+    pub(super) async fn read_facts(
+        &self,
+        pathways: &[Pathway],
+        firewall: &firewall::Found,
+    ) -> Result<(Facts, Vec<String>), Error> {
+        let backend = self.firewalls.backend(firewall);
         let mut notes = Vec::new();
         let served = self.served(pathways, backend, &mut notes)?;
         let facts = self.facts(pathways, served, backend).await?;
@@ -253,11 +306,7 @@ impl Host {
         if self.goal == Goal::Add && any_lines() {
             self.firewalls.require(backend, Family::V4)?;
         }
-        Ok(Reading {
-            present: self.present(pathways, firewall).await?,
-            facts,
-            notes,
-        })
+        Ok((facts, notes))
     }
 
     /// The families that pathways are served in.
@@ -340,31 +389,56 @@ impl Host {
             firewall,
             ..Present::default()
         };
+        self.read_rules(&mut present).await?;
+        self.read_routes(pathways, &mut present).await?;
+        Ok(present)
+    }
+
+    pub(super) async fn read_rules(&self, present: &mut Present) -> Result<(), Error> {
+        let (mut plain, mut other_lookups) = (BTreeSet::new(), BTreeSet::new());
         for &family in &self.families {
             let rules = self.netlink.rules(family).await?;
-            present.rules.extend(rules.plain);
-            present.other_lookups.extend(rules.other_lookups);
+            plain.extend(rules.plain);
+            other_lookups.extend(rules.other_lookups);
         }
+        (present.rules, present.other_lookups) = (plain, other_lookups);
+        Ok(())
+    }
+
+    /// The routes of the tables that matter, which the rules tell.
+    pub(super) async fn read_routes(
+        &self,
+        pathways: &[Pathway],
+        present: &mut Present,
+    ) -> Result<(), Error> {
         let tables = plan::tables_to_read(pathways, &present.rules);
+        let mut found = Vec::new();
         for &family in &self.families {
             if tables.len() > TABLES_ONE_BY_ONE {
                 let routes = self.netlink.routes(family, RoutesOf::Everyone).await?;
-                present
-                    .routes
-                    .extend(routes.into_iter().filter(|route| match route {
-                        FoundRoute::LocalDefault(route) => tables.contains(&route.table),
-                        FoundRoute::Other { table, .. } => tables.contains(table),
-                    }));
+                found.extend(routes.into_iter().filter(|route| match route {
+                    FoundRoute::LocalDefault(route) => tables.contains(&route.table),
+                    FoundRoute::Other { table, .. } => tables.contains(table),
+                }));
                 continue;
             }
             for &table in &tables {
                 let of = RoutesOf::Table(table);
-                present
-                    .routes
-                    .extend(self.netlink.routes(family, of).await?);
+                found.extend(self.netlink.routes(family, of).await?);
             }
         }
-        Ok(present)
+        present.routes = found;
+        Ok(())
+    }
+
+    pub(super) async fn read_firewall(&self, present: &mut Present) -> Result<(), Error> {
+        present.firewall = self.firewalls.read().await?;
+        Ok(())
+    }
+
+    /// Whether lines of ours are, or would be, where the kernel tells nobody of a change.
+    pub(super) fn is_silent(&self, present: &Present) -> bool {
+        self.firewalls.is_silent(&present.firewall)
     }
 
     /// Applies changes in order; `done` holds what was reached, also on failure.
@@ -381,7 +455,7 @@ impl Host {
     }
 
     /// One transaction's steps: line steps of one program, or a single step of any other kind.
-    async fn run(&self, batch: &[Step]) -> Result<(), Error> {
+    pub(super) async fn run(&self, batch: &[Step]) -> Result<(), Error> {
         match batch {
             [Step::AddRule(rule)] => self.netlink.add_rule(rule).await?,
             [Step::DelRule(rule)] => self.netlink.del_rule(rule).await?,

@@ -27,6 +27,10 @@ use crate::model::Family;
 
 use super::piece::{FoundRoute, Route, Rule};
 
+mod survey;
+
+pub use survey::{Answered, Question, SeenRule, Selector};
+
 /// How long the kernel may take for one answer; it takes microseconds, unless the message was lost.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
@@ -415,7 +419,7 @@ fn rule_message(rule: &Rule) -> RuleMessage {
 }
 
 /// The rule in canonical form, or the table it looks up where it has selectors beyond that form.
-fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, Option<u32>> {
+pub(super) fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, Option<u32>> {
     let header = &message.header;
     let table = message
         .attributes

@@ -333,6 +333,37 @@ pub(super) struct Registry {
     number: u64,
     next: Cell<u32>,
     open: RefCell<Vec<Open>>,
+    left: Cell<Left>,
+}
+
+/// How many connections left, in a second that began at this moment and in the one before it.
+#[derive(Debug, Clone, Copy)]
+struct Left {
+    since: Moment,
+    now: u32,
+    before: u32,
+}
+
+impl Left {
+    const NOBODY: Self = Self {
+        since: Moment(0),
+        now: 0,
+        before: 0,
+    };
+
+    /// As it is at a moment, before anybody leaves then.
+    fn at(self, moment: Moment) -> Self {
+        let before = match moment.since(self.since) {
+            0..1000 => return self,
+            1000..2000 => self.now,
+            _ => 0,
+        };
+        Self {
+            since: moment,
+            now: 0,
+            before,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -355,6 +386,7 @@ impl Default for Registry {
             number: next_number(),
             next: Cell::new(0),
             open: RefCell::default(),
+            left: Cell::new(Left::NOBODY),
         }
     }
 }
@@ -404,6 +436,10 @@ impl Registry {
 
     /// A connection is over. Remembered when it named a client: others answer no question.
     pub(super) fn leave(&self, entry: &Rc<Entry>, recent: &Recent) {
+        let at = Moment::now();
+        let mut left = self.left.get().at(at);
+        left.now = left.now.saturating_add(1);
+        self.left.set(left);
         let mut open = self.open.borrow_mut();
         let slot = entry.slot.get() as usize;
         // with its waker, which keeps the task's memory
@@ -420,10 +456,16 @@ impl Registry {
             recent.push(Past {
                 entry: Rc::clone(entry),
                 id: self.id(number),
-                at: Moment::now(),
+                at,
                 reason: entry.reason.get().unwrap_or(Reason::Cut),
             });
         }
+    }
+
+    /// How many connections left within the last second or two.
+    pub(super) fn left_lately(&self) -> u64 {
+        let left = self.left.get().at(Moment::now());
+        u64::from(left.now) + u64::from(left.before)
     }
 
     /// The open connections that are meant.
@@ -491,6 +533,24 @@ mod tests {
             let proxy: ProxyAddr = text.parse().unwrap();
             assert_eq!(Packed::of_proxy(proxy).proxy(), proxy);
         }
+    }
+
+    #[test]
+    fn who_left_is_forgotten_after_two_seconds() {
+        let at = |ms: u32| Moment(u32::MAX - 50).0.wrapping_add(ms / 10);
+        let left = Left {
+            since: Moment(at(0)),
+            now: 7,
+            before: 3,
+        };
+        let seen = |ms| {
+            let left = left.at(Moment(at(ms)));
+            (left.now, left.before)
+        };
+        assert_eq!(seen(990), (7, 3));
+        assert_eq!(seen(1000), (0, 7));
+        assert_eq!(seen(1990), (0, 7));
+        assert_eq!(seen(2000), (0, 0));
     }
 
     #[test]

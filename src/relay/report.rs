@@ -33,6 +33,8 @@ pub(super) const WINDOW: Duration = Duration::from_secs(10);
 const BURST: u32 = 5;
 /// How many kinds and addresses are told apart; beyond that they share one allowance per kind.
 const MAX_SUBJECTS: usize = 1024;
+/// How many lines are kept for whoever asks what went wrong.
+const MAX_RECENT: usize = 64;
 
 /// What a line is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -44,6 +46,19 @@ pub(super) enum Subject {
     Dropped(Dropped),
     /// Flows that got no answer.
     Unanswered,
+}
+
+impl Subject {
+    /// The name in reports, that of the counter where it has one.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Refused(kind) => kind.name(),
+            Self::ConnectFailed(kind) => kind.name(),
+            Self::AcceptPaused => "accept-paused",
+            Self::Dropped(kind) => kind.name(),
+            Self::Unanswered => "unanswered",
+        }
+    }
 }
 
 /// What was last said about a relay's connections.
@@ -58,6 +73,9 @@ pub struct LastError {
     pub client: Option<SocketAddr>,
     /// What went wrong.
     pub message: String,
+    /// Which kind of error it is, as the counters name them.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub kind: String,
 }
 
 /// Decides which warnings are said; the rest is said at debug level. One for all workers: nothing
@@ -65,6 +83,8 @@ pub struct LastError {
 #[derive(Debug, Default)]
 pub(super) struct Limiter {
     windows: Mutex<HashMap<Key, Window>>,
+    /// The last line of each kind about each proxy, the newest last.
+    recent: Mutex<Vec<LastError>>,
 }
 
 /// A kind of line, and the address it is about; none when there are too many to tell apart.
@@ -139,14 +159,17 @@ impl Limiter {
                     "{message}{}",
                     AndMore(more)
                 );
-                Said::Warned(LastError {
+                let error = LastError {
                     at: SystemTime::now()
                         .duration_since(UNIX_EPOCH)
                         .map_or(0, |since| since.as_secs()),
                     proxy,
                     client: client.map(ClientAddr::get),
                     message: message.to_string(),
-                })
+                    kind: subject.name().to_owned(),
+                };
+                self.keep(error.clone());
+                Said::Warned(error)
             }
             Admission::HoldBack(first) => {
                 debug!(
@@ -157,6 +180,22 @@ impl Limiter {
                 Said::HeldBack(first)
             }
         }
+    }
+
+    /// Keeps what was said, in the place of an older line of the same kind about the same proxy.
+    fn keep(&self, error: LastError) {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.retain(|old| old.kind != error.kind || old.proxy.ip() != error.proxy.ip());
+        if recent.len() >= MAX_RECENT {
+            recent.remove(0);
+        }
+        recent.push(error);
+    }
+
+    /// The last line of each kind about each proxy, the newest last.
+    pub(super) fn recent(&self) -> Vec<LastError> {
+        let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        recent.clone()
     }
 
     /// Says how many were held back even if none like them follows; to be called [`WINDOW`] after the first.

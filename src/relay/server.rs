@@ -140,6 +140,14 @@ impl Server {
         }
     }
 
+    /// The last line of each kind about each proxy, the newest last.
+    pub fn recent_errors(&self) -> Vec<LastError> {
+        match self {
+            Self::Tcp(server) => server.recent_errors(),
+            Self::Udp(server) => server.recent_errors(),
+        }
+    }
+
     /// Asks every worker about connections or flows. Each answers once, in its turn; the reply's receiver ends
     /// after the last.
     pub fn ask(&self, query: &Query) {

@@ -141,6 +141,7 @@ async fn finish_header(waiting: Waiting, client: TcpStream, received: Vec<u8>) -
         conn.counters.header_wait.observe(began.elapsed());
     }
     match outcome {
+        Ok(Some(opened)) if opened.connected => Some(paired(&conn, client, opened)),
         Ok(Some(opened)) => finish_connect(&conn, client, opened).await,
         Ok(None) => {
             socket::reset_on_close(&client);

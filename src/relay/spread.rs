@@ -6,7 +6,8 @@
 //! The kernel deals connections out to the listeners of one address by a hash: of two long connections
 //! both are on one thread half of the time. So a worker with more than its share hands the next one
 //! over, before it is read. With many connections the hash is even enough: the allowance
-//! grows with them, and handing over becomes rare.
+//! grows with them, and handing over becomes rare. Where connections come and go within the second, the
+//! next ones even it out by themselves, and handing over, a wake-up of another thread each, would only cost.
 
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -19,6 +20,15 @@ use crate::model::ProxyAddr;
 
 /// By what part of the least busy worker's connections another may have more.
 const ALLOWANCE: u64 = 4;
+
+/// How long connections stay with a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turnover {
+    /// Fewer left within the last second than are there: where one goes now matters for a while.
+    Slow,
+    /// More left than are there.
+    Fast,
+}
 
 /// A connection just accepted: registered with no event loop, nothing read.
 #[derive(Debug)]
@@ -77,11 +87,16 @@ impl Spread {
     }
 
     /// The least busy worker, if this one has more than its share.
-    pub(super) fn elsewhere(&self, here: usize) -> Option<usize> {
+    pub(super) fn elsewhere(&self, here: usize, turnover: Turnover) -> Option<usize> {
         let mine = self.shares[here].load();
         let loads = self.shares.iter().map(Share::load).enumerate();
         let (to, least) = loads.min_by_key(|(_, load)| *load)?;
-        (mine > least + least / ALLOWANCE).then_some(to)
+        let allowed = match turnover {
+            Turnover::Slow => least / ALLOWANCE,
+            // one thread must not be left with everything either
+            Turnover::Fast => least + 1,
+        };
+        (mine > least + allowed).then_some(to)
     }
 
     /// Gives a connection to a worker; gives it back where that one takes nothing any more.
@@ -116,12 +131,12 @@ mod tests {
     }
 
     /// All land on worker 0 by the hash; counts as the workers would.
-    fn deal(workers: usize, connections: usize) -> Vec<u64> {
+    fn deal(workers: usize, connections: usize, turnover: Turnover) -> Vec<u64> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let counters: Vec<Arc<Counters>> = (0..workers).map(|_| Arc::default()).collect();
         let (spread, mut arrivals) = Spread::new(&counters);
         for _ in 0..connections {
-            match spread.elsewhere(0) {
+            match spread.elsewhere(0, turnover) {
                 Some(to) => spread.send(to, accepted(&listener)).unwrap(),
                 None => counters[0].active.add(1),
             }
@@ -139,6 +154,7 @@ mod tests {
 
     #[test]
     fn few_are_dealt_out_evenly_and_many_may_differ_a_little() {
+        let deal = |workers, connections| deal(workers, connections, Turnover::Slow);
         assert_eq!(deal(2, 2), [1, 1]);
         assert_eq!(deal(2, 4), [2, 2]);
         assert_eq!(deal(3, 6), [2, 2, 2]);
@@ -146,6 +162,12 @@ mod tests {
         let many = deal(2, 90);
         assert_eq!(many.iter().sum::<u64>(), 90);
         assert!(many[0] > many[1] && many[0] <= many[1] + many[1] / ALLOWANCE + 1);
+    }
+
+    #[test]
+    fn short_ones_stay_unless_it_is_out_of_hand() {
+        assert_eq!(deal(2, 2, Turnover::Fast), [2, 0]);
+        assert_eq!(deal(2, 90, Turnover::Fast), [61, 29]);
     }
 
     #[test]

@@ -137,6 +137,11 @@ impl Server {
         last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The last line of each kind about each proxy, the newest last.
+    pub fn recent_errors(&self) -> Vec<LastError> {
+        self.common.limiter.recent()
+    }
+
     /// Asks every worker. Each answers once, in its turn; the reply's receiver ends after the last.
     pub fn ask(&self, query: &Query) {
         for worker in &self.queries {
@@ -267,8 +272,9 @@ async fn work(
         }
     }
     accepting.shutdown().await;
-    let listeners = listeners.into_iter().filter_map(Rc::into_inner);
-    listeners.for_each(|listener| take_queue(&worker, &listener));
+    for listener in listeners {
+        take_queue(&worker, &listener);
+    }
     // a worker that has not heard of the drain yet keeps from here on what it accepts
     arrivals.close();
     while let Some(accepted) = arrivals.recv().await {

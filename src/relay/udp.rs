@@ -224,6 +224,11 @@ impl Server {
         last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The last line of each kind about each proxy, the newest last.
+    pub fn recent_errors(&self) -> Vec<LastError> {
+        self.common.limiter.recent()
+    }
+
     /// Asks every worker about its flows. Each answers once, in its turn; the reply's receiver ends after the
     /// last.
     pub fn ask(&self, query: &Query) {

@@ -26,7 +26,7 @@ use super::registry::{Entry, Registry};
 use super::report::{self, LastError, Limiter, Subject};
 use super::settings::Settings;
 use super::setup::{self, Begun, Slow};
-use super::spread::{Accepted, Spread};
+use super::spread::{Accepted, Spread, Turnover};
 use super::view::{Ask, Query, Reason};
 use super::workers::Shared;
 use crate::model::ProxyAddr;
@@ -121,6 +121,15 @@ impl Worker {
         adopt(self, accepted);
     }
 
+    /// How long connections stay here, as far as it matters for where the next one goes.
+    fn turnover(&self) -> Turnover {
+        if self.registry.left_lately() > self.counters.active.get() {
+            Turnover::Fast
+        } else {
+            Turnover::Slow
+        }
+    }
+
     /// Answers questions about this relay's connections on this thread, until nobody can ask any more.
     pub(super) async fn answer(self: Rc<Self>, mut queries: mpsc::UnboundedReceiver<Query>) {
         while let Some(query) = queries.recv().await {
@@ -150,23 +159,30 @@ impl Worker {
 
 /// Accepts until the listener itself fails; everything else is survived.
 ///
+/// A connection is registered with no event loop before it is known whose it is: registering it here, and
+/// once more on the thread that it is handed over to, would cost each of these four system calls.
+///
 /// Cancel-safe: a connection is taken off the queue and spawned, or handed over, without a wait between.
 pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<Acceptor>) -> io::Error {
     let port = listener.port();
-    let mut in_a_row = 0;
     let mut pause = FIRST_PAUSE;
     loop {
-        match listener.accept().await {
-            Ok((socket, peer)) => {
-                pause = FIRST_PAUSE;
-                place(&worker, Accepted { socket, peer, port });
-                in_a_row += 1;
-                if in_a_row >= ACCEPTS_PER_TURN {
-                    in_a_row = 0;
-                    tokio::task::yield_now().await;
+        let mut ready = match listener.ready().await {
+            Ok(ready) => ready,
+            Err(error) => return error,
+        };
+        for _ in 0..ACCEPTS_PER_TURN {
+            let error = match ready.accept() {
+                Some(Ok((socket, peer))) => {
+                    pause = FIRST_PAUSE;
+                    deal(&worker, Accepted { socket, peer, port });
+                    continue;
                 }
-            }
-            Err(error) => match Trouble::of(&error) {
+                Some(Err(error)) => error,
+                // all taken: readiness is cleared
+                None => break,
+            };
+            match Trouble::of(&error) {
                 Trouble::Connection => {
                     debug!(%error, "a connection was lost before it was accepted")
                 }
@@ -183,8 +199,10 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<Acceptor>) -> i
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
                 Trouble::Listener => return error,
-            },
+            }
         }
+        // the connections' turn
+        tokio::task::yield_now().await;
     }
 }
 
@@ -194,7 +212,7 @@ pub(super) fn take_queue(worker: &Rc<Worker>, listener: &Acceptor) {
     let port = listener.port();
     loop {
         match listener.accept_now() {
-            Ok((socket, peer)) => place(worker, Accepted { socket, peer, port }),
+            Ok((socket, peer)) => deal(worker, Accepted { socket, peer, port }),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) if Trouble::of(&error) == Trouble::Connection => {}
             Err(error) => {
@@ -203,14 +221,6 @@ pub(super) fn take_queue(worker: &Rc<Worker>, listener: &Acceptor) {
                 return;
             }
         }
-    }
-}
-
-/// Keeps a connection here, or gives it to the least busy worker.
-fn place(worker: &Rc<Worker>, accepted: Accepted) {
-    match worker.common.spread.elsewhere(worker.number) {
-        None => adopt(worker, accepted),
-        Some(to) => hand_over(worker, to, accepted),
     }
 }
 
@@ -237,10 +247,16 @@ impl Trouble {
     }
 }
 
-/// Gives a connection to another worker, or keeps it where that one drains already.
-fn hand_over(worker: &Rc<Worker>, to: usize, accepted: Accepted) {
-    if let Err(kept) = worker.common.spread.send(to, accepted) {
-        adopt(worker, kept);
+/// Gives a connection to the worker that has the least to do, which is this one nearly always.
+fn deal(worker: &Rc<Worker>, accepted: Accepted) {
+    let spread = &worker.common.spread;
+    let kept = match spread.elsewhere(worker.number, worker.turnover()) {
+        None => Some(accepted),
+        // that one may drain already
+        Some(to) => spread.send(to, accepted).err(),
+    };
+    if let Some(accepted) = kept {
+        adopt(worker, accepted);
     }
 }
 

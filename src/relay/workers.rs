@@ -130,8 +130,14 @@ impl Drop for Workers {
     }
 }
 
+/// After how many turns of connections sockets are asked for news, and new connections accepted, although
+/// others are not done: beside bulk transfers a turn takes a hundred microseconds or more, and with tokio's
+/// 61 of them a small exchange would wait for ten milliseconds.
+const TURNS: u32 = 16;
+
 fn event_loop() -> io::Result<LocalRuntime> {
     Builder::new_current_thread()
+        .event_interval(TURNS)
         .enable_io()
         .enable_time()
         .build_local(LocalOptions::default())

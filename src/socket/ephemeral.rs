@@ -9,8 +9,10 @@
 use std::cell::Cell;
 use std::io;
 use std::ops::RangeInclusive;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
+
+use super::raw;
 
 /// Holds for both families.
 const RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
@@ -73,26 +75,7 @@ pub(super) fn contains(port: u16) -> bool {
 /// `ENOPROTOOPT` before Linux 6.3.
 pub(super) fn keep_to(socket: &impl AsFd, port: u16) -> io::Result<()> {
     let range = u32::from(port) << 16 | u32::from(port);
-    // SAFETY: the pointer and the length are those of a local u32, which the kernel only reads; the
-    // descriptor is open for as long as it is borrowed
-    #[expect(
-        unsafe_code,
-        reason = "neither socket2 nor nix knows IP_LOCAL_PORT_RANGE"
-    )]
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::IPPROTO_IP,
-            IP_LOCAL_PORT_RANGE,
-            (&raw const range).cast(),
-            size_of_val(&range) as libc::socklen_t,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    raw::set(socket, libc::IPPROTO_IP, IP_LOCAL_PORT_RANGE, range)
 }
 
 #[cfg(test)]

@@ -13,7 +13,8 @@ use std::sync::Arc;
 
 use nix::sys::socket::{getsockopt, sockopt};
 use socket2::SockRef;
-use tokio::io::unix::AsyncFd;
+use tokio::io::Interest;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 use crate::model::{Endpoint, ProxyAddr, SocketPath};
 
@@ -101,7 +102,8 @@ impl Acceptor {
             unsafe_code,
             reason = "tokio cannot know that the number stays the same"
         )]
-        let watched = unsafe { AsyncFd::register(Shared(listener)) };
+        let watched =
+            unsafe { AsyncFd::register_with_interest(Shared(listener), Interest::READABLE) };
         Ok(Self {
             watched: watched.map_err(io::Error::from)?,
             port,
@@ -126,18 +128,24 @@ impl Acceptor {
         accept(self.listener())
     }
 
-    /// Waits for a connection and takes it: non-blocking, with its sender. Cancel-safe.
+    /// Waits until there may be connections. Cancel-safe.
     ///
     /// # Errors
-    /// As `accept(2)`.
-    pub async fn accept(&self) -> io::Result<(TcpStream, ProxyAddr)> {
-        loop {
-            let mut ready = self.watched.readable().await?;
-            // an error means that another took it, or that nobody is there any more
-            if let Ok(outcome) = ready.try_io(|shared| accept(&shared.get_ref().0)) {
-                return outcome;
-            }
-        }
+    /// When the event loop ends.
+    pub async fn ready(&self) -> io::Result<Ready<'_>> {
+        Ok(Ready(self.watched.readable().await?))
+    }
+}
+
+/// There may be connections.
+#[derive(Debug)]
+pub struct Ready<'a>(AsyncFdReadyGuard<'a, Shared>);
+
+impl Ready<'_> {
+    /// Takes one: non-blocking, registered with no event loop, with its sender. `None` when all are taken;
+    /// then it is time to wait again.
+    pub fn accept(&mut self) -> Option<io::Result<(TcpStream, ProxyAddr)>> {
+        self.0.try_io(|shared| accept(&shared.get_ref().0)).ok()
     }
 }
 

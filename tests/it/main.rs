@@ -7,6 +7,7 @@
 mod chain;
 mod config;
 mod demo;
+mod doctor;
 mod header;
 mod listen;
 mod manual;

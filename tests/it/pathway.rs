@@ -6,9 +6,13 @@
 )]
 
 mod cells;
+mod deletions;
 mod foreign;
 mod hosts;
+#[cfg(feature = "soak")]
+mod many;
 mod state;
+mod watch;
 
 use std::collections::HashSet;
 use std::path::Path;

@@ -7,5 +7,6 @@ mod limits;
 mod owes;
 mod ports;
 mod run;
+mod setup;
 mod spread;
 mod transfer;

@@ -152,6 +152,7 @@ fn one_failing_instance_leaves_the_others_alone() {
         .host
         .spawn(lab.host.mmproxyctl("run --all --manage-pathways"));
     running.wait_log("instance=\"bad\"");
+    running.wait_log("relaying instance=good");
     assert!(
         running.log().contains("127.0.0.1:2002"),
         "{}",
@@ -235,6 +236,58 @@ fn pathways_are_installed_and_removed() {
         lab.host.ip("rule")
     );
     assert!(!lab.host.run("iptables-save").contains("CONNMARK"));
+}
+
+#[test]
+fn pathways_are_kept_by_the_process_that_manages_them() {
+    let lab = Lab::new(&[9001]);
+    lab.instances(&[("a", 123, 2001, 9001)]);
+    let mut running = lab.run("--all --manage-pathways");
+    let lost = |mark: &str| {
+        let words = format!("rule del priority 100 from 127.0.0.0/8 fwmark {mark}/0xff iif lo");
+        lab.host.ip(&words);
+        lab.host.run("iptables -t mangle -F");
+    };
+    let kept = |mark: u64, pid: u64, repairs: u64| {
+        let output = lab.ctl("pathway list --json");
+        let listed: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let of = |entry: &&serde_json::Value| entry["mark"] == mark;
+        let entry = listed
+            .as_array()
+            .expect("pathways")
+            .iter()
+            .find(of)
+            .cloned();
+        let entry = entry.expect("the pathway");
+        entry["state"] == "in-place"
+            && entry["kept_by"] == serde_json::json!([pid])
+            && entry["repairs"]["rule"] == repairs
+            && entry["repairs"]["firewall"] == 3 * repairs
+    };
+    let pid = u64::try_from(running.pid().as_raw()).expect("pid");
+    lost("123");
+    wait_for("a repair", || kept(123, pid, 1));
+    running.wait_log("WARN repaired");
+    // what a reload removes is not put back, and what it adds is kept
+    lab.instances(&[("a", 124, 2001, 9001)]);
+    lab.reload("all");
+    lost("124");
+    wait_for("a repair of the new pathway", || kept(124, pid, 1));
+    assert!(!lab.host.ip("rule").contains("lookup 123"));
+    // who takes over keeps them, and begins to count
+    let output = lab.ctl("upgrade --json");
+    assert!(output.status.success(), "{}", stderr(&output));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let pid = json["all"]["to"].as_u64().expect("pid");
+    assert!(running.wait(Duration::from_secs(10)).success());
+    lost("124");
+    wait_for("a repair by the successor", || kept(124, pid, 1));
+    let last = nix::unistd::Pid::from_raw(i32::try_from(pid).expect("pid"));
+    nix::sys::signal::kill(last, Signal::SIGTERM).expect("end the successor");
+    wait_for("the end of the successor", || {
+        nix::sys::signal::kill(last, None).is_err()
+    });
+    assert!(!lab.host.ip("rule").contains("proto 177"));
 }
 
 #[test]

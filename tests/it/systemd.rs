@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use crate::chain::deployment::{CLIENT, Deployment, VPS01, shipped};
+use crate::pathway::effects;
 use crate::support::net::{Host, Running, wait_for};
 
 /// A booted systemd. All of it dies with the value.
@@ -208,6 +209,44 @@ fn units_carry_connections_and_clean_up() {
     session.echo("the other relay's connection is untouched");
     session.close();
 
+    // the pathways are kept: what another program removes comes back at once, and no connection is lost
+    let mut session = sshd.login(&lab.client, VPS01[0], 22001, None);
+    let whole = effects(&lab.wks01);
+    lab.wks01
+        .ip("rule del priority 100 from 127.0.0.0/8 fwmark 123/0xff iif lo");
+    lab.wks01.run("nft flush ruleset");
+    session.echo("over a repair");
+    wait_for("a repair", || {
+        systemd.show("mmproxy-pathways", "StatusText") == "2 pathways in place, 13 repairs"
+    });
+    assert_eq!(effects(&lab.wks01), whole);
+    let journal = systemd.journal();
+    assert!(
+        journal.contains("by=\"nft, pid ") || journal.contains("by=nft, pid "),
+        "{journal}"
+    );
+    // a reload with a mistake changes nothing
+    let conf = systemd.run("cat /etc/mmproxy/pathways.conf");
+    systemd.write("/etc/mmproxy/pathways.conf", "12x\n");
+    systemd.run("systemctl reload mmproxy-pathways");
+    wait_for("the mistake to be told", || {
+        systemd.journal().contains("'12x' is not a mark")
+    });
+    assert_eq!(effects(&lab.wks01), whole);
+    systemd.write("/etc/mmproxy/pathways.conf", &conf);
+    // what keeps them may die: the pathways and the relays stay, and it comes back
+    let main_pid = |unit: &str| systemd.show(unit, "MainPID");
+    let (relay, keeper) = (main_pid(RELAY), main_pid("mmproxy-pathways"));
+    systemd.run("systemctl kill --signal=KILL --kill-who=main mmproxy-pathways");
+    wait_for("the keeper to be back", || {
+        systemd.show("mmproxy-pathways", "ActiveState") == "active"
+            && main_pid("mmproxy-pathways") != keeper
+    });
+    assert_eq!(effects(&lab.wks01), whole);
+    assert_eq!(main_pid(RELAY), relay);
+    session.echo("over the keeper's death");
+    session.close();
+
     // a wrong name is a configuration mistake: said once, not tried again
     assert!(
         !systemd
@@ -288,11 +327,25 @@ fn networkd_leaves_pathways_alone_when_told() {
         );
     };
     let in_place = || systemd.try_run("mmproxyctl pathway check").status.success();
-    systemd.run("systemctl start dbus.socket mmproxy-pathways");
-    assert!(in_place());
+    let repairs = || {
+        let status = systemd.show("mmproxy-pathways", "StatusText");
+        let words = status.split_whitespace().rev().nth(1).map(str::to_owned);
+        let count = words.and_then(|word| word.parse::<u64>().ok());
+        count.unwrap_or_else(|| panic!("no count of repairs in '{status}'"))
+    };
+    systemd.run("systemctl start dbus.socket");
     // what the drop-in is for
+    systemd.run("mmproxyctl pathway add-all");
+    assert!(in_place());
     reconfigure();
     wait_for("systemd-networkd to remove rules", || !in_place());
+    // without it, and with somebody who keeps them
+    systemd.run("systemctl start mmproxy-pathways");
+    assert!(in_place());
+    reconfigure();
+    wait_for("the repair of what systemd-networkd removed", || {
+        repairs() > 0 && in_place()
+    });
 
     systemd.run("mkdir -p /etc/systemd/networkd.conf.d");
     let drop_in = fs::read_to_string(shipped("systemd/mmproxy-networkd.conf")).expect("drop-in");
@@ -300,4 +353,12 @@ fn networkd_leaves_pathways_alone_when_told() {
     systemd.run("systemctl restart mmproxy-pathways");
     reconfigure();
     assert!(in_place(), "{}", systemd.journal());
+    systemd.run("networkctl reload");
+    systemd.run("systemctl restart systemd-networkd");
+    wait_for("systemd-networkd to be back", || {
+        systemd.show("systemd-networkd", "ActiveState") == "active"
+    });
+    assert!(in_place(), "{}", systemd.journal());
+    // and not because they were put back
+    assert_eq!(repairs(), 0, "{}", systemd.journal());
 }

@@ -186,12 +186,17 @@ fn status_counts_what_happened() {
     assert!(text.contains("1 no-header"), "{text}");
     drop(open);
 
-    // another tool breaks the pathway: status says so
+    // another tool breaks the pathway: it is mended, and counted
     lab.host.ip("rule del priority 100");
     wait_for("status to notice", || {
-        lab.web()["pathway"]["state"] == "incomplete"
+        lab.web()["pathway"]["repairs"]["rule"] == 1
     });
-    assert!(lab.text("status").contains("mmproxyctl pathway add 123"));
+    assert_eq!(lab.web()["pathway"]["state"], "in-place");
+    let text = lab.text("status web");
+    assert!(
+        text.contains("in place, kept: 1 repairs (1 rule)"),
+        "{text}"
+    );
 
     let unknown = lab.ctl("status wbe");
     assert_eq!(unknown.status.code(), Some(1));
@@ -217,6 +222,20 @@ fn status_says_why_an_instance_does_not_run() {
     assert!(text.contains("spare: "), "{text}");
     assert!(text.contains("127.0.0.1:2223"), "{text}");
     drop(taken);
+}
+
+#[test]
+fn status_says_what_a_pathway_lacks_that_nobody_keeps() {
+    let lab = Lab::new();
+    lab.text("pathway add 123");
+    let running = lab.host.spawn(lab.host.mmproxyctl("run --all"));
+    running.wait_log("INFO ready");
+    assert_eq!(lab.web()["pathway"]["repairs"], Value::Null);
+    lab.host.ip("rule del priority 100");
+    wait_for("status to notice", || {
+        lab.web()["pathway"]["state"] == "incomplete"
+    });
+    assert!(lab.text("status").contains("mmproxyctl pathway add 123"));
 }
 
 #[test]

@@ -10,10 +10,11 @@ use std::time::Duration;
 use serde::Serialize;
 use tracing::{info, warn};
 
+use super::pathways::Keeping;
 use super::plan::{Difference, Spec, Specs};
 use super::relay::{Relay, World};
 use crate::config::{self, Configuration, Diagnostics};
-use crate::model::{Endpoint, Mark, Pathway};
+use crate::model::{Endpoint, Mark, Pathway, Protocol};
 use crate::pathway;
 use crate::resolve::Resolver;
 use crate::runtime_dir::Attempt;
@@ -68,7 +69,9 @@ pub(super) struct Fleet {
     pub(super) world: Rc<World>,
     pub(super) supervisor: RefCell<Supervisor<Relay>>,
     directory: PathBuf,
-    manage_pathways: bool,
+    /// What the counts of repairs are published under, where this process manages its pathways.
+    manage_pathways: Option<String>,
+    keeping: RefCell<Option<Keeping>>,
     /// The files as last read, in which targets may be names; the world's has their addresses.
     written: RefCell<Rc<Configuration>>,
     pub(super) resolver: Rc<Resolver>,
@@ -86,7 +89,7 @@ impl Fleet {
         selection: Selection,
         world: Rc<World>,
         directory: PathBuf,
-        manage_pathways: bool,
+        manage_pathways: Option<String>,
     ) -> Self {
         let written = Rc::clone(&world.configuration.borrow());
         let specs = specs(&selection, &written);
@@ -99,6 +102,7 @@ impl Fleet {
             manage_pathways,
             written: RefCell::new(written),
             resolver: Rc::default(),
+            keeping: RefCell::default(),
             specs: RefCell::new(specs),
             turn: tokio::sync::Mutex::default(),
             succeeded: Cell::new(false),
@@ -113,9 +117,11 @@ impl Fleet {
         *self.specs.borrow_mut() = specs(&self.selection, &resolved);
         self.world.configuration.replace(resolved);
         let configuration = Rc::clone(&self.world.configuration.borrow());
-        if self.manage_pathways {
+        if let Some(name) = &self.manage_pathways {
             let wanted = used(&configuration, &self.specs.borrow());
             self.install(&wanted).await?;
+            let keeping = Keeping::start(wanted, self.options(), name).await?;
+            self.keeping.replace(Some(keeping));
         }
         let names: Vec<String> = self.specs.borrow().keys().cloned().collect();
         for name in &names {
@@ -238,16 +244,19 @@ impl Fleet {
             unchanged: difference.unchanged.len(),
             ..Changes::default()
         };
-        if self.manage_pathways {
+        if self.manage_pathways.is_some() {
             // the last step that may fail, and the first that acts: make before break
             self.install(&new).await?;
         }
         self.written.replace(written);
+        if let Some(keeping) = &*self.keeping.borrow() {
+            keeping.want(new.clone());
+        }
         self.world.configuration.replace(after);
         self.world.instances.set(wanted.len());
         *self.specs.borrow_mut() = wanted;
         self.follow(&difference, &mut changes).await;
-        if self.manage_pathways {
+        if self.manage_pathways.is_some() {
             let gone = |pathway: &&Pathway| changes.pathways_disappeared.contains(&pathway.mark);
             self.remove(&old.iter().filter(gone).cloned().collect::<Vec<_>>())
                 .await;
@@ -263,17 +272,8 @@ impl Fleet {
             replace,
             ..
         } = difference;
-        // an address that goes from one instance to another keeps its sockets
         for name in stop.iter().chain(replace) {
-            let Some(relay) = self.supervisor.borrow().task(name) else {
-                continue;
-            };
-            match relay.server.listeners() {
-                Ok(listeners) => listeners
-                    .into_iter()
-                    .for_each(|listener| self.world.offer(listener)),
-                Err(error) => warn!(%error, instance = name, "cannot keep its listening sockets"),
-            }
+            self.offer_sockets_of(name, changes);
         }
         for name in stop.iter().chain(replace) {
             systemd::forget(name);
@@ -294,6 +294,50 @@ impl Fleet {
         changes.stopped = stop.clone();
         changes.changed = set.iter().chain(replace).cloned().collect();
         changes.failing = self.failing();
+    }
+
+    /// An address that goes from one relay to another keeps its sockets. Others are not kept for a moment:
+    /// what came to them after the relay has closed its own would be lost.
+    fn offer_sockets_of(&self, name: &str, changes: &mut Changes) {
+        let Some(relay) = self.supervisor.borrow().task(name) else {
+            return;
+        };
+        let specs = self.specs.borrow();
+        let next_at = |protocol: Protocol, endpoint: &Endpoint| {
+            let next = specs.values().map(|spec| &spec.instance);
+            let mut next =
+                next.filter(|next| next.options.protocol == protocol && next.listen.has(endpoint));
+            next.next()
+        };
+        let listeners = match relay.server.listeners() {
+            Ok(listeners) => listeners,
+            Err(error) => {
+                warn!(%error, instance = name, "cannot keep its listening sockets");
+                return;
+            }
+        };
+        let mut kept = BTreeMap::<(Protocol, Endpoint), usize>::new();
+        for listener in listeners {
+            let Ok((protocol, endpoint)) = listener.place() else {
+                continue;
+            };
+            match next_at(protocol, &endpoint) {
+                Some(_) => {
+                    self.world.offer(listener);
+                    *kept.entry((protocol, endpoint)).or_default() += 1;
+                }
+                None => remove_file(&endpoint),
+            }
+        }
+        for ((protocol, endpoint), count) in kept {
+            let next = next_at(protocol, &endpoint);
+            if let Some(next) = next.filter(|next| count > self.world.listeners_of(next).get()) {
+                changes.notes.push(format!(
+                    "{}: keeps {count} listeners on {endpoint} until it is stopped and started: to close one could refuse a connection",
+                    next.name
+                ));
+            }
+        }
     }
 
     /// Has a relay treat new connections by its new line, on the sockets it has.
@@ -393,11 +437,17 @@ impl Fleet {
 
     /// Removes what [`Fleet::start`] installed, at the process's end.
     pub(super) async fn remove_pathways(&self) {
-        if self.manage_pathways {
+        self.stop_keeping();
+        if self.manage_pathways.is_some() {
             let configuration = Rc::clone(&self.world.configuration.borrow());
             let used = used(&configuration, &self.specs.borrow());
             self.remove(&used).await;
         }
+    }
+
+    /// Leaves the pathways as they are, to who removes them or keeps them from here on.
+    pub(super) fn stop_keeping(&self) {
+        self.keeping.take();
     }
 
     /// The state of every instance.

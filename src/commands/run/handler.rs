@@ -89,6 +89,7 @@ impl Handler {
             .await
             .context("the handover panicked")??;
         self.fleet.succeeded.set(true);
+        self.fleet.stop_keeping();
         let upgraded = Upgraded {
             from: std::process::id(),
             to: successor.pid,
@@ -103,6 +104,7 @@ impl Handler {
         if self.fleet.succeeded.replace(true) {
             return std::future::pending().await;
         }
+        self.fleet.stop_keeping();
         self.stop_soon(Stop::Released);
         Released {
             from: std::process::id(),

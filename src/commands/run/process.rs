@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{debug, error, info};
 
+use super::diagnosis;
 use super::ending::Ending;
 use super::fleet::Fleet;
 use super::handler::Handler;
@@ -20,9 +21,10 @@ use super::handover::{Answer, Successor};
 use super::keeper::Kept;
 use super::signals::{HANGUP, Signals};
 use super::view::View;
-use super::watch::Watch;
 use crate::cli::RunArgs;
+use crate::commands::files::{self, Watch};
 use crate::control::{client, server};
+use crate::doctor::Asker;
 use crate::resolve::Resolver;
 use crate::runtime_dir::Lock;
 use crate::systemd;
@@ -32,6 +34,8 @@ const STILL_STARTING: Duration = Duration::from_secs(10);
 
 /// A process that runs relays.
 pub(super) struct Process {
+    /// For the commands that a diagnosis prints.
+    pub(super) asker: Asker,
     pub(super) fleet: Rc<Fleet>,
     pub(super) args: RunArgs,
     pub(super) program: PathBuf,
@@ -148,7 +152,10 @@ impl Process {
         }
         let watchdog = systemd::watchdog_interval()
             .map(|every| tokio::task::spawn_local(keep_watchdog(Rc::clone(&self.fleet), every)));
+        let diagnosing =
+            tokio::task::spawn_local(diagnosis::watch(Rc::clone(&self.fleet), self.asker.clone()));
         let stop = self.look_after(&mut signals, &mut stopped).await?;
+        diagnosing.abort();
         if let Some(metrics) = metrics {
             metrics.abort();
         }
@@ -206,7 +213,7 @@ impl Process {
         let watch = if self.args.watch_config {
             let watch = Watch::new().context("cannot watch the configuration")?;
             watch
-                .follow(&fleet.world.configuration.borrow().clone())
+                .follow(files::directories(&fleet.world.configuration.borrow()))
                 .context("cannot watch the configuration")?;
             Some(watch)
         } else {
@@ -248,7 +255,7 @@ impl Process {
                     drop(fleet.reload().await);
                     if let Some(watch) = &watch {
                         let configuration = fleet.world.configuration.borrow().clone();
-                        if let Err(error) = watch.follow(&configuration) {
+                        if let Err(error) = watch.follow(files::directories(&configuration)) {
                             error!(%error, "cannot watch all of the configuration");
                         }
                     }

@@ -11,7 +11,7 @@ use tracing::{debug, info, warn};
 
 use super::plan::Spec;
 use crate::config::Configuration;
-use crate::model::{Endpoint, Instance, Mark, Pathway};
+use crate::model::{Endpoint, Instance, Listen, Mark, Pathway};
 use crate::pathway::{self, Firewall};
 use crate::relay::server::{Error, Server};
 use crate::relay::workers::Workers;
@@ -112,17 +112,13 @@ impl World {
 
     /// The sockets of an instance: for each of its places those that were offered, else new ones.
     fn sockets_of(&self, instance: &Instance) -> anyhow::Result<Vec<Listening>> {
+        let count = self.listeners_of(instance);
         let mut sockets = Vec::new();
         let mut missing = false;
         for endpoint in instance.listen.endpoints() {
             let place = (instance.options.protocol, endpoint);
             let offered = self.offered.borrow_mut().remove(&place);
             let (_, endpoint) = place;
-            // a file has one socket, whoever accepts
-            let count = match &endpoint {
-                Endpoint::Inet(_) => self.listeners_of(instance),
-                Endpoint::Unix(_) => NonZeroUsize::MIN,
-            };
             match offered {
                 Some(offered) if can_be_reached(&endpoint) => {
                     if let Endpoint::Unix(path) = &endpoint {
@@ -131,11 +127,7 @@ impl World {
                         socket::unix::set_access(path, options.socket_mode, owner)
                             .with_context(|| format!("cannot go on listening on {endpoint}"))?;
                     }
-                    if offered.len() > count.get() {
-                        // nobody would accept what comes to those that go, as long as systemd keeps them
-                        systemd::forget(instance.name.as_str());
-                    }
-                    sockets.extend(as_many_as(offered, instance, count));
+                    sockets.extend(at_least(offered, instance, count));
                 }
                 _ => {
                     let (bound, address_missing) =
@@ -154,7 +146,11 @@ impl World {
         Ok(sockets)
     }
 
-    fn listeners_of(&self, instance: &Instance) -> NonZeroUsize {
+    /// How many sockets it is to have at each of its places.
+    pub(super) fn listeners_of(&self, instance: &Instance) -> NonZeroUsize {
+        if matches!(instance.listen, Listen::Unix(_)) {
+            return NonZeroUsize::MIN;
+        }
         let asked = instance.options.listeners.map(NonZeroUsize::try_from);
         if let Some(Ok(count)) = asked {
             return count;
@@ -245,14 +241,13 @@ impl Relay {
     }
 }
 
-/// Makes what was passed the right number: more of the same address, or fewer.
-fn as_many_as(
+/// Adds to what was passed until it is as many. None is closed: the kernel may just have completed a
+/// connection for it.
+fn at_least(
     mut sockets: Vec<Listening>,
     instance: &Instance,
     count: NonZeroUsize,
 ) -> Vec<Listening> {
-    // whoever had them before takes what waits in those that go
-    sockets.truncate(count.get());
     while sockets.len() < count.get() {
         match sockets[0].another() {
             Ok(socket) => sockets.push(socket),

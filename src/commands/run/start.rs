@@ -17,6 +17,7 @@ use super::keeper::Kept;
 use super::process::Process;
 use super::relay::{World, lock_name};
 use crate::cli::{Global, RunArgs};
+use crate::commands::doctor::patients;
 use crate::commands::output::results;
 use crate::commands::{UsageError, drawn};
 use crate::config::{self, Configuration};
@@ -109,11 +110,12 @@ pub(super) fn start(
         .for_each(|listener| world.offer(listener));
     take_passed(&world, passed)?;
     Ok(Some(Process {
+        asker: patients::asker(global),
         fleet: Rc::new(Fleet::new(
             selection,
             Rc::new(world),
             global.config_dir.clone(),
-            args.manage_pathways,
+            args.manage_pathways.then(|| name.clone()),
         )),
         args,
         program,

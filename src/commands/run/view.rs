@@ -32,7 +32,10 @@ impl View {
     /// Begins to take samples for the rates.
     pub(super) fn new(fleet: Rc<Fleet>) -> Self {
         let view = Self {
-            overview: Rc::new(Overview::new(fleet.world.firewall)),
+            overview: Rc::new(Overview::new(
+                fleet.world.firewall,
+                fleet.world.runtime_dir.clone(),
+            )),
             fleet,
         };
         let sampled = view.clone();

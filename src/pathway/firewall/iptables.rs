@@ -46,6 +46,18 @@ impl Iptables {
             package: "iptables",
         })
     }
+
+    /// Whether lines of ours are, or would be, in a table of legacy's: the kernel tells of no change there.
+    pub(crate) fn is_silent(&self, found: &[Ruleset]) -> bool {
+        let tools = self.0.iter().flat_map(|(_, tools)| tools);
+        let mut legacy = tools.filter(|tool| tool.variant == Variant::Legacy);
+        legacy.any(|tool| {
+            let of_family = || found.iter().filter(|one| one.family == tool.family);
+            let written = of_family().next();
+            let ours = of_family().filter(|one| one.has_ours());
+            ours.chain(written).any(|one| one.program == tool.program)
+        })
+    }
 }
 
 impl Driver for Iptables {

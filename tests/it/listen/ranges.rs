@@ -219,5 +219,7 @@ fn stop(rig: &Rig, mut running: Running) {
         let pid = Pid::from_raw(i32::try_from(pid).expect("a pid"));
         kill(pid, Signal::SIGTERM).expect("stop the successor");
     }
-    wait_for("every process to end", || !rig.ctl("status --json").status.success());
+    wait_for("every process to end", || {
+        !rig.ctl("status --json").status.success()
+    });
 }

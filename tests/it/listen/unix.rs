@@ -41,6 +41,26 @@ fn dial(path: &PathBuf) -> UnixStream {
     stream
 }
 
+/// Sends a megabyte to the echo service and takes it back, then does what is left to do.
+fn bulk<'s, S>(stream: &'s S, then: impl FnOnce(&'s S))
+where
+    S: Sync,
+    &'s S: Read + Write,
+{
+    let sent = vec![7; 1 << 20];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut stream = stream;
+            stream.write_all(&sent).expect("send");
+        });
+        let mut answer = vec![0; sent.len()];
+        let mut stream = stream;
+        stream.read_exact(&mut answer).expect("receive");
+        assert!(answer == sent, "other bytes came back");
+    });
+    then(stream);
+}
+
 /// A connection through the socket whose client the service sees.
 fn connect(rig: &Rig, path: &PathBuf, client: &str) -> UnixStream {
     let mut stream = dial(path);
@@ -89,20 +109,18 @@ fn the_service_sees_the_clients_of_a_haproxy_on_the_same_host() {
         let mine = mine.unwrap_or_else(|| panic!("{proxy} in {conns:#?}"));
         assert_eq!(mine["client"], *client.local_addr().unwrap().to_string());
         assert_eq!(mine.get("port"), None);
-        // the half-close goes through, and a megabyte before it
-        let bulk = vec![7; 1 << 20];
-        let mut reader = client.try_clone().expect("clone");
-        let answer = std::thread::spawn(move || {
-            let mut answer = Vec::new();
-            reader.read_to_end(&mut answer).expect("receive");
-            answer.len()
-        });
-        client.write_all(&bulk).expect("send");
-        client
+        // no half-close here: while data is on its way, HAProxy 2.6 now and then shuts a Unix server's
+        // direction before it has passed all of it on
+        bulk(&client, |_| {});
+    }
+    let stream = connect(&rig, &path, "192.0.2.7:4000");
+    bulk(&stream, |stream| {
+        stream
             .shutdown(std::net::Shutdown::Write)
             .expect("shutdown");
-        assert_eq!(answer.join().expect("reader"), bulk.len());
-    }
+        let mut stream = stream;
+        assert_eq!(stream.read(&mut [0; 8]).expect("the end"), 0);
+    });
     // the proxy's address is no address: nothing that is in allow.txt
     assert!(
         rig.said("conns --proxy 10.0.0.2")

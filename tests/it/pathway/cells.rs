@@ -23,15 +23,15 @@ const MARK: u32 = 123;
 const CLIENTS: [&str; 4] = ["198.51.100.7", "2001:db8:7::7", "10.0.0.1", "fd00::1"];
 
 /// wks01 with a LAN, a container behind a bridge, and a host whose gateway it is.
-struct Lab {
-    wks: Host,
-    lan: Host,
-    services: Vec<(&'static str, TcpListener)>,
+pub(super) struct Lab {
+    pub(super) wks: Host,
+    pub(super) lan: Host,
+    pub(super) services: Vec<(&'static str, TcpListener)>,
     _others: [Host; 2],
 }
 
 impl Lab {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (wks, lan) = (Host::new("wks01"), Host::new("lan"));
         let (container, routed) = (Host::new("container"), Host::new("routed"));
         wks.link(
@@ -85,7 +85,7 @@ impl Lab {
         }
     }
 
-    fn default_route(&self, wanted: bool) {
+    pub(super) fn default_route(&self, wanted: bool) {
         let verb = if wanted { "replace" } else { "del" };
         for (ip, via) in [("", "10.0.0.1"), ("-6", "fd00::1")] {
             let words = format!("ip {ip} route {verb} default via {via}");
@@ -154,6 +154,17 @@ impl Lab {
         service: &str,
         limit: Duration,
     ) -> std::io::Result<(TcpStream, SocketAddr)> {
+        self.marked(MARK, client, service, limit)
+    }
+
+    /// The same on the pathway of any mark.
+    pub(super) fn marked(
+        &self,
+        mark: u32,
+        client: &str,
+        service: &str,
+        limit: Duration,
+    ) -> std::io::Result<(TcpStream, SocketAddr)> {
         static NEXT: AtomicU16 = AtomicU16::new(20_000);
         let client = at(client, NEXT.fetch_add(1, Ordering::Relaxed));
         self.wks.enter(|| {
@@ -167,7 +178,7 @@ impl Lab {
             } else {
                 socket.set_ip_transparent_v6(true)?;
             }
-            socket.set_mark(MARK)?;
+            socket.set_mark(mark)?;
             socket.bind(&client.into())?;
             socket.connect_timeout(&at(service, PORT).into(), limit)?;
             let stream = TcpStream::from(socket);
@@ -216,7 +227,7 @@ fn at(address: &str, port: u16) -> SocketAddr {
 }
 
 /// The connection from this client; one that an earlier, failed attempt left in the queue is dropped.
-fn accept(listener: &TcpListener, client: SocketAddr) -> TcpStream {
+pub(super) fn accept(listener: &TcpListener, client: SocketAddr) -> TcpStream {
     listener.set_nonblocking(true).expect("set non-blocking");
     let mut found = None;
     wait_for(&format!("{client} in the listener's queue"), || {
@@ -233,7 +244,7 @@ fn accept(listener: &TcpListener, client: SocketAddr) -> TcpStream {
 }
 
 /// A byte each way.
-fn exchange(near: &mut TcpStream, far: &mut TcpStream) -> std::io::Result<()> {
+pub(super) fn exchange(near: &mut TcpStream, far: &mut TcpStream) -> std::io::Result<()> {
     let mut byte = [0];
     near.write_all(b"?")?;
     far.read_exact(&mut byte)?;

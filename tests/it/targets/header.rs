@@ -38,7 +38,10 @@ fn connections_go_where_the_header_says_within_limits() {
         assert_eq!(service.peer(), addr(client));
         let conns = rig.wks.mmproxyctl("conns --json").output().expect("conns");
         let conns = String::from_utf8_lossy(&conns.stdout).into_owned();
-        assert!(conns.contains(&format!("\"target\": \"{}\"", service.addr)), "{conns}");
+        assert!(
+            conns.contains(&format!("\"target\": \"{}\"", service.addr)),
+            "{conns}"
+        );
     }
     // not in the list, no address, no port, and another family than the client's
     let _service = Service::echo(&rig.wks, "10.0.0.3:7001");
@@ -52,7 +55,10 @@ fn connections_go_where_the_header_says_within_limits() {
         let mut stream = rig.dial("10.0.0.1:2222");
         let header = encode_v2(addr(client), addr(destination));
         stream.write_all(&header).expect("send");
-        assert!(!matches!(stream.read(&mut [0; 8]), Ok(1..)), "{destination}");
+        assert!(
+            !matches!(stream.read(&mut [0; 8]), Ok(1..)),
+            "{destination}"
+        );
         relay.wait_log(&format!("refused: the destination {destination}"));
     }
     // a health check has none
@@ -104,7 +110,9 @@ fn datagrams_of_one_client_go_to_several_services() {
         }
         // elsewhere: nothing comes back, and nothing arrives
         let header = encode_v2(addr("192.0.2.7:4000"), addr("10.0.0.2:7001"));
-        proxy.send_to(&[&header[..], b"x"].concat(), "10.0.0.1:5300").expect("send");
+        proxy
+            .send_to(&[&header[..], b"x"].concat(), "10.0.0.1:5300")
+            .expect("send");
         let log = || {
             let status = rig.wks.mmproxyctl("status any").output().expect("status");
             String::from_utf8_lossy(&status.stdout).into_owned()

@@ -47,6 +47,8 @@ fn metrics_pass_promtool_and_count() {
     let scrape = || lab.host.run(&format!("curl -sSf http://{ADDR}/metrics"));
     let text = scrape();
     promtool(&lab, "check metrics", &text);
+    let repairs = r#"mmproxy_pathway_repairs_total{mark="123",pathway="vps01",kind="rule"}"#;
+    assert_eq!(sample(&text, repairs), 0.0);
     assert_eq!(
         sample(
             &text,

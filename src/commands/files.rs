@@ -1,4 +1,4 @@
-//! `--watch-config`: told by the kernel when a file of the configuration changes.
+//! Told by the kernel when a file of the configuration changes: `run --watch-config`, `pathway watch`.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -43,9 +43,9 @@ impl Watch {
         Ok(Self(watched.map_err(io::Error::from)?))
     }
 
-    /// Watches every directory that a configuration was read from; one that is watched stays so.
-    pub(super) fn follow(&self, configuration: &Configuration) -> io::Result<()> {
-        for directory in directories(configuration) {
+    /// Watches these directories; one that is watched stays so.
+    pub(super) fn follow(&self, directories: impl IntoIterator<Item = PathBuf>) -> io::Result<()> {
+        for directory in directories {
             let events = AddWatchFlags::IN_CLOSE_WRITE
                 | AddWatchFlags::IN_CREATE
                 | AddWatchFlags::IN_DELETE
@@ -80,7 +80,8 @@ impl Watch {
     }
 }
 
-fn directories(configuration: &Configuration) -> BTreeSet<PathBuf> {
+/// Every directory that a configuration was read from.
+pub(super) fn directories(configuration: &Configuration) -> BTreeSet<PathBuf> {
     let own = configuration.instances.iter().filter_map(|instance| {
         let file = instance.options.allow.as_ref()?;
         Some(configuration.directory.join(file))
