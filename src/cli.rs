@@ -50,6 +50,9 @@ pub struct Global {
         default_value = "auto"
     )]
     pub firewall: Firewall,
+    /// Let --firewall none set net.ipv4.tcp_fwmark_accept, for the whole host; 'pathway del' sets it back
+    #[arg(long, global = true, env = "MMPROXY_SET_SYSCTLS", value_parser = clap::builder::FalseyValueParser::new())]
+    pub set_sysctls: bool,
     /// How logs are written on stderr
     #[arg(long, global = true, value_name = "FORMAT", default_value = "auto")]
     pub log_format: LogFormat,

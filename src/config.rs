@@ -30,7 +30,7 @@ use ipnet::IpNet;
 pub use diagnostics::{Diagnostic, Diagnostics, Severity};
 use source::Source;
 
-use crate::model::{AllowList, Answers, Instance, Mark, Pathway};
+use crate::model::{AllowList, Answers, Instance, Mark, Pathway, Protocol};
 
 const PATHWAYS: &str = "pathways.conf";
 const INSTANCES: &str = "instances.tsv";
@@ -323,7 +323,8 @@ fn merged(
     (pathways, instances)
 }
 
-/// Adds the non-loopback targets of instances, as /32 or /128, to the pathways of their marks.
+/// Adds what instances say to the pathways of their marks: the non-loopback targets, as /32 or /128, and
+/// who uses them for UDP.
 fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
     for pathway in pathways {
         let targets = instances
@@ -341,6 +342,12 @@ fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
             .flatten()
             .filter(|prefix| !prefix.addr().is_loopback());
         pathway.targets.extend(chosen);
+        let udp = instances.iter().filter(|instance| {
+            instance.mark == pathway.mark && instance.options.protocol == Protocol::Udp
+        });
+        pathway
+            .udp
+            .extend(udp.map(|instance| instance.name.clone()));
     }
 }
 

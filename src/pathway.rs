@@ -31,7 +31,7 @@ pub use piece::PROTOCOL;
 pub use plan::{Change, Goal, Outcome};
 
 use piece::{FoundRoute, Step};
-use plan::TableTaken;
+use plan::{Conflict, TableTaken};
 
 /// Installs what is missing of these pathways, replaces what the old scripts left, removes what is stale.
 ///
@@ -59,23 +59,35 @@ pub async fn del(wanted: &[Pathway], options: &Options) -> Result<Report, Error>
 pub async fn check(wanted: &[Pathway], firewall: Firewall) -> Result<Vec<Finding>, Error> {
     let reading = host::read(wanted, firewall).await?;
     let plan = plan::plan(Goal::Add, wanted, &reading.facts, &reading.present);
-    Ok(findings(plan))
+    Ok(findings(plan, firewall))
 }
 
-fn findings(plan: plan::Plan) -> Vec<Finding> {
-    let taken = plan.conflicts.into_iter().map(|taken| Finding {
-        mark: taken.mark,
-        problem: Problem::TableTaken(taken),
+fn findings(plan: plan::Plan, firewall: Firewall) -> Vec<Finding> {
+    let conflicts = plan.conflicts.into_iter().map(|conflict| Finding {
+        mark: conflict.mark(),
+        firewall,
+        problem: match conflict {
+            Conflict::Table(taken) => Problem::TableTaken(taken),
+            other => Problem::Conflict(other),
+        },
     });
     let missing = plan
         .changes
         .into_iter()
-        .filter(|change| change.outcome == Outcome::Added)
-        .map(|change| Finding {
-            mark: change.mark,
-            problem: Problem::Missing(change.command),
+        .filter(|change| change.outcome == Outcome::Added || change.command.is_disorder())
+        .flat_map(|change| {
+            change
+                .command
+                .pieces()
+                .into_iter()
+                .map(move |step| (change.mark, step))
+        })
+        .map(|(mark, step)| Finding {
+            mark,
+            firewall,
+            problem: Problem::Missing(step),
         });
-    taken.chain(missing).collect()
+    conflicts.chain(missing).collect()
 }
 
 /// One thing that keeps a pathway from working.
@@ -83,6 +95,8 @@ fn findings(plan: plan::Plan) -> Vec<Finding> {
 pub struct Finding {
     /// The pathway.
     pub mark: Mark,
+    /// The choice of a firewall that it was looked for with.
+    pub firewall: Firewall,
     /// What it is.
     pub problem: Problem,
 }
@@ -94,12 +108,21 @@ pub enum Problem {
     Missing(Step),
     /// Its table is another program's.
     TableTaken(TableTaken),
+    /// What is wanted cannot be had.
+    Conflict(Conflict),
 }
 
 impl Finding {
     /// The command that mends it.
     pub fn fix(&self) -> String {
-        format!("mmproxyctl pathway add {}", self.mark)
+        let mut fix = format!("mmproxyctl pathway add {}", self.mark);
+        if self.firewall != Firewall::Auto {
+            fix.push_str(&format!(" --firewall {}", self.firewall.name()));
+        }
+        if let Problem::Missing(Step::TakeSwitch(_)) = self.problem {
+            fix.push_str(" --set-sysctls");
+        }
+        fix
     }
 }
 
@@ -107,6 +130,7 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.problem {
             Problem::TableTaken(taken) => taken.fmt(f),
+            Problem::Conflict(conflict) => conflict.fmt(f),
             Problem::Missing(step) => match step {
                 Step::AddRule(rule) => write!(f, "{} rule missing: {rule}", rule.family),
                 Step::AddRoute(route) => write!(f, "{} route missing: {route}", route.family),
@@ -117,6 +141,14 @@ impl fmt::Display for Finding {
                     line.chain.name(),
                     line.words
                 ),
+                Step::Entries(step) if step.entries.is_empty() => f.write_str(
+                    "nftables table inet mmproxy: something in it is not ours, or not as it was made",
+                ),
+                Step::Entries(step) => {
+                    let entries: Vec<_> = step.entries.iter().map(ToString::to_string).collect();
+                    write!(f, "nftables entry missing: {}", entries.join("; "))
+                }
+                Step::TakeSwitch(_) => write!(f, "{}=1 missing", piece::SWITCH),
                 other => write!(f, "not done: {other}"),
             },
         }
@@ -191,29 +223,25 @@ pub async fn list(wanted: &[Pathway], firewall: Firewall) -> Result<Vec<Listed>,
         changes, conflicts, ..
     } = plan::plan(Goal::Add, wanted, &reading.facts, &reading.present);
     let mut count = BTreeMap::<Mark, usize>::new();
-    let pieces = plan::Wanted::new(wanted, &reading.facts);
-    for mark in pieces
-        .rules
-        .values()
-        .chain(pieces.routes.values())
-        .copied()
-        .chain(pieces.lines.iter().map(|line| line.mark))
-    {
+    for mark in plan::Wanted::new(wanted, &reading.facts).marks(&reading.facts) {
         *count.entry(mark).or_default() += 1;
     }
     let mut missing = BTreeMap::<Mark, Vec<Finding>>::new();
     let mut stale = BTreeMap::<Mark, Vec<String>>::new();
     for change in &changes {
-        if change.outcome != Outcome::Added {
+        if change.outcome != Outcome::Added && !change.command.is_disorder() {
             let commands = stale.entry(change.mark).or_default();
             commands.push(change.command.to_string());
         }
     }
-    for finding in findings(plan::Plan {
-        changes,
-        conflicts,
-        notes: Vec::new(),
-    }) {
+    for finding in findings(
+        plan::Plan {
+            changes,
+            conflicts,
+            notes: Vec::new(),
+        },
+        firewall,
+    ) {
         missing.entry(finding.mark).or_default().push(finding);
     }
     let mut listed: Vec<Listed> = wanted
@@ -286,7 +314,7 @@ fn not_configured(
         marks.extend(mark.map(Mark::get));
         listed.push(entry(mark, Some(table)));
     }
-    for tag in present.firewall.marks().collect::<BTreeSet<_>>() {
+    for tag in present.firewall.marks() {
         if !marks.contains(&tag) {
             listed.push(entry(Mark::new(tag), None));
         }
@@ -307,15 +335,38 @@ impl Report {
 }
 
 impl Step {
-    /// The family of the piece.
-    pub fn family(&self) -> Family {
-        match self {
+    /// The family of the piece; none where it serves both.
+    pub fn family(&self) -> Option<Family> {
+        Some(match self {
             Self::AddRule(rule) | Self::DelRule(rule) => rule.family,
             Self::AddRoute(route) | Self::DelRoute(route) | Self::AdoptRoute { route, .. } => {
                 route.family
             }
             Self::InsertLine(line) | Self::DelLine(line) => line.family,
             Self::DropChain { family, .. } | Self::DropTable { family } => *family,
+            Self::Entries(_) | Self::TakeSwitch(_) | Self::LeaveSwitch(_) => return None,
+        })
+    }
+
+    /// Whether it does nothing but put a table of ours in order.
+    pub fn is_disorder(&self) -> bool {
+        matches!(self, Self::Entries(step) if step.entries.is_empty())
+    }
+
+    /// One step for each piece, where it is about several.
+    fn pieces(self) -> Vec<Self> {
+        match self {
+            Self::Entries(step) if step.entries.len() > 1 => step
+                .entries
+                .iter()
+                .map(|entry| {
+                    Self::Entries(piece::EntriesStep {
+                        entries: vec![*entry],
+                        ..step.clone()
+                    })
+                })
+                .collect(),
+            other => vec![other],
         }
     }
 }

@@ -279,6 +279,7 @@ impl Lab {
             runtime_dir: RuntimeDir::resolve(Some("/run/mmproxy".into())),
             lock_timeout: Duration::from_secs(5),
             firewall: Firewall::Auto,
+            set_sysctls: false,
         };
         let add = |wanted: &[Pathway]| {
             self.wks01.enter(|| -> anyhow::Result<_> {

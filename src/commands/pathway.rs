@@ -46,6 +46,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
             runtime_dir: RuntimeDir::resolve(global.runtime_dir.clone()),
             lock_timeout: LOCK_LIMIT,
             firewall: global.firewall,
+            set_sysctls: global.set_sysctls,
         };
         let report = runtime.block_on(async {
             match goal {
@@ -281,21 +282,38 @@ fn show_change(
 /// "3 rules, 2 routes, 6 CONNMARK lines", and where they came from.
 fn counted<'c>(outcome: Outcome, changes: impl Iterator<Item = &'c Change>) -> String {
     let (mut rules, mut routes, mut lines, mut left) = (0, 0, 0, 0);
+    let (mut entries, mut sysctls, mut disorder) = (0, 0, false);
     for change in changes {
         match change.command {
             Step::AddRule(_) | Step::DelRule(_) => rules += 1,
             Step::AddRoute(_) | Step::DelRoute(_) | Step::AdoptRoute { .. } => routes += 1,
             Step::InsertLine(_) | Step::DelLine(_) => lines += 1,
+            Step::Entries(ref step) => {
+                entries += step.entries.len();
+                disorder |= step.entries.is_empty();
+            }
+            Step::TakeSwitch(_) | Step::LeaveSwitch(_) => sysctls += 1,
             // they come and go with the lines
             Step::DropChain { .. } | Step::DropTable { .. } => continue,
         }
         left += usize::from(change.leftover);
     }
-    let counts = [(rules, "rule"), (routes, "route"), (lines, "CONNMARK line")];
+    let counts = [
+        (rules, "rule"),
+        (routes, "route"),
+        (lines, "CONNMARK line"),
+        (entries, "nftables entry"),
+        (sysctls, "sysctl"),
+    ];
     let mut text = counts
         .into_iter()
         .filter(|(count, _)| *count > 0)
-        .map(|(count, what)| format!("{count} {what}{}", if count == 1 { "" } else { "s" }))
+        .map(|(count, what)| match (count, what.strip_suffix('y')) {
+            (1, _) => format!("{count} {what}"),
+            (_, Some(stem)) => format!("{count} {stem}ies"),
+            _ => format!("{count} {what}s"),
+        })
+        .chain(disorder.then(|| "what is not ours in table inet mmproxy".to_owned()))
         .collect::<Vec<_>>()
         .join(", ");
     match (outcome, left) {

@@ -46,6 +46,7 @@ impl Line<'_> {
             priority: self.priority,
             connmark: self.connmark,
             targets: self.targets.clone(),
+            udp: BTreeSet::new(),
         })
     }
 }

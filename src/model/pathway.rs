@@ -8,7 +8,7 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::ValueError;
+use super::{InstanceName, ValueError};
 
 /// A firewall mark (`SO_MARK`, fwmark of `ip rule`), never 0: 0 means "unmarked" to the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -248,6 +248,9 @@ pub struct Pathway {
     /// Targets beyond 127.0.0.0/8 and ::1, which every pathway serves: from `targets=` and from the
     /// instances that use the mark. Host bits cleared, never loopback.
     pub targets: BTreeSet<IpNet>,
+    /// The instances that use the mark for UDP.
+    #[serde(skip)]
+    pub udp: BTreeSet<InstanceName>,
 }
 
 impl Pathway {
@@ -261,6 +264,7 @@ impl Pathway {
             priority: Priority::DEFAULT,
             connmark: ConnmarkMode::default(),
             targets: BTreeSet::new(),
+            udp: BTreeSet::new(),
         })
     }
 

@@ -13,10 +13,12 @@ use std::time::{Duration, Instant};
 use crate::model::{ConnmarkMode, Family, Pathway};
 use crate::runtime_dir::{self, Attempt, Lock, RuntimeDir};
 
+use super::firewall::switch::{self, Switch};
+use super::firewall::table::Table;
 use super::firewall::{self, Backend, Firewall, Firewalls, same_transaction};
 use super::netlink::{self, Lookup, Netlink, RoutesOf};
 use super::piece::{FoundRoute, Made, Step};
-use super::plan::{self, Change, Facts, Goal, Plan, Present, TableTaken, wants_lines};
+use super::plan::{self, Change, Conflict, Facts, Goal, Plan, Present, wants_lines};
 
 /// Up to this many tables are read one by one; beyond, one dump of everything is cheaper.
 const TABLES_ONE_BY_ONE: usize = 32;
@@ -61,9 +63,12 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// A pathway's table is in use.
+    /// Something forbids it.
     #[error(transparent)]
-    TableTaken(#[from] TableTaken),
+    Conflict(#[from] Conflict),
+    /// The switch of a host without a firewall.
+    #[error(transparent)]
+    Switch(#[from] switch::Error),
     /// All was done, and then was not there.
     #[error("not in place after all was done: {0}")]
     NotVerified(String),
@@ -133,6 +138,8 @@ pub struct Options {
     pub lock_timeout: Duration,
     /// What gives replies their mark.
     pub firewall: Firewall,
+    /// Whether a sysctl may be set where that needs one.
+    pub set_sysctls: bool,
 }
 
 /// What a run changed, or would.
@@ -158,7 +165,7 @@ pub(super) async fn change(
     pathways: &[Pathway],
     options: &Options,
 ) -> Result<Report, Error> {
-    let host = Host::open(goal, options.firewall)?;
+    let host = Host::open(goal, Means::of(options))?;
     let _lock = match options.dry_run {
         true => None,
         false => Some(lock(options).await?),
@@ -167,8 +174,8 @@ pub(super) async fn change(
     let plan = plan::plan(goal, pathways, &reading.facts, &reading.present);
     let mut notes = reading.notes;
     notes.extend(plan.notes);
-    if let Some(taken) = plan.conflicts.into_iter().next() {
-        return Err(taken.into());
+    if let Some(conflict) = plan.conflicts.into_iter().next() {
+        return Err(conflict.into());
     }
     let changes = plan.changes;
     if !options.dry_run && !changes.is_empty() {
@@ -207,7 +214,13 @@ pub(super) async fn lock(options: &Options) -> Result<Lock, Error> {
 
 /// Reads what is there, without a lock.
 pub(super) async fn read(pathways: &[Pathway], firewall: Firewall) -> Result<Reading, Error> {
-    Host::open(Goal::Add, firewall)?.read(pathways).await
+    let means = Means {
+        firewall,
+        // only asks: what is missing is the setting, not the permission
+        set_sysctls: true,
+        runtime_dir: None,
+    };
+    Host::open(Goal::Add, means)?.read(pathways).await
 }
 
 /// Every route of ours, in whatever table.
@@ -259,10 +272,30 @@ fn require_net_admin() -> Result<(), Error> {
     Ok(())
 }
 
+/// What may be used to give replies their mark.
+#[derive(Debug)]
+pub(super) struct Means {
+    firewall: Firewall,
+    set_sysctls: bool,
+    /// Where it is recorded what was set.
+    runtime_dir: Option<RuntimeDir>,
+}
+
+impl Means {
+    pub(super) fn of(options: &Options) -> Self {
+        Self {
+            firewall: options.firewall,
+            set_sysctls: options.set_sysctls,
+            runtime_dir: Some(options.runtime_dir.clone()),
+        }
+    }
+}
+
 /// The ways into the kernel.
 #[derive(Debug)]
 pub(super) struct Host {
     goal: Goal,
+    means: Means,
     netlink: Netlink,
     /// The families the kernel has.
     families: Vec<Family>,
@@ -270,14 +303,15 @@ pub(super) struct Host {
 }
 
 impl Host {
-    pub(super) fn open(goal: Goal, firewall: Firewall) -> Result<Self, Error> {
+    pub(super) fn open(goal: Goal, means: Means) -> Result<Self, Error> {
         require_net_admin()?;
         let families = kernel_families();
         Ok(Self {
             goal,
             netlink: Netlink::open()?,
-            firewalls: Firewalls::open(firewall, &families)?,
+            firewalls: Firewalls::open(means.firewall, &families)?,
             families,
+            means,
         })
     }
 
@@ -300,6 +334,13 @@ impl Host {
     ) -> Result<(Facts, Vec<String>), Error> {
         let backend = self.firewalls.backend(firewall);
         let mut notes = Vec::new();
+        if firewall.nftables == Some(Table::Unreadable) {
+            let unreadable = firewall::Error::Unreadable;
+            match self.goal {
+                Goal::Del => return Err(unreadable.into()),
+                Goal::Add => notes.push(unreadable.to_string()),
+            }
+        }
         let served = self.served(pathways, backend, &mut notes)?;
         let facts = self.facts(pathways, served, backend).await?;
         let any_lines = || pathways.iter().any(|pathway| wants_lines(pathway, &facts));
@@ -350,6 +391,7 @@ impl Host {
             default_route: Vec::new(),
             own: BTreeSet::new(),
             backend,
+            may_set_sysctls: self.means.set_sysctls,
         };
         for (family, to) in Family::BOTH.into_iter().zip(ANYWHERE) {
             if !facts.families.contains(&family) {
@@ -387,6 +429,7 @@ impl Host {
     ) -> Result<Present, Error> {
         let mut present = Present {
             firewall,
+            switch: Switch::read(self.means.runtime_dir.as_ref())?,
             ..Present::default()
         };
         self.read_rules(&mut present).await?;
@@ -436,6 +479,11 @@ impl Host {
         Ok(())
     }
 
+    pub(super) fn read_switch(&self, present: &mut Present) -> Result<(), Error> {
+        present.switch = Switch::read(self.means.runtime_dir.as_ref())?;
+        Ok(())
+    }
+
     /// Whether lines of ours are, or would be, where the kernel tells nobody of a change.
     pub(super) fn is_silent(&self, present: &Present) -> bool {
         self.firewalls.is_silent(&present.firewall)
@@ -448,6 +496,10 @@ impl Host {
             .map(|change| change.command.clone())
             .collect();
         for batch in steps.chunk_by(same_transaction) {
+            let switches = |last: &Step| firewall::is_switch(last, &batch[0]);
+            if done.last().is_some_and(switches) {
+                firewall::settle();
+            }
             self.run(batch).await?;
             done.extend_from_slice(batch);
         }
@@ -462,6 +514,11 @@ impl Host {
             [Step::AddRoute(route)] => self.netlink.add_route(route).await?,
             [Step::AdoptRoute { route, .. }] => self.netlink.replace_route(route).await?,
             [Step::DelRoute(route)] => self.netlink.del_route(route).await?,
+            [step @ (Step::TakeSwitch(_) | Step::LeaveSwitch(_))] => {
+                if let Some(runtime_dir) = &self.means.runtime_dir {
+                    switch::write(step, runtime_dir)?;
+                }
+            }
             _ => self.firewalls.write(batch).await?,
         }
         Ok(())

@@ -15,7 +15,8 @@ use crate::model::Family;
 
 pub(crate) use line::COMMENT;
 pub use line::{Chain, Job, Line, Made, Program};
-pub use step::{LineStep, Step};
+pub(crate) use step::SWITCH;
+pub use step::{EntriesStep, LineStep, Step, Swap, SwitchStep};
 
 /// Who made a rule or route (`FRA_PROTOCOL`, `rtm_protocol`): 177 is named in no `rt_protos` file.
 pub const PROTOCOL: u8 = 177;

@@ -4,8 +4,10 @@
 //! set of pathways, [`plan`] compares them with the kernel's and orders the difference so that at no
 //! moment less than before is in place (make before break).
 
+mod conflict;
 mod differ;
 mod wanted;
+mod without;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -14,10 +16,11 @@ use serde::Serialize;
 
 use crate::model::{Mark, Pathway};
 
-use super::firewall;
+use super::firewall::{self, Switch};
 use super::piece::{FoundRoute, Route, Rule, Step, UNTAGGED};
+pub use conflict::{Conflict, TableTaken};
 use differ::{Differ, index};
-pub use wanted::{Facts, UNROUTED_PRIORITY, Wanted, wants_lines};
+pub use wanted::{Facts, UNROUTED_PRIORITY, Wanted, needs_switch, wants_lines};
 
 /// What the kernel holds, as far as it concerns the pathways in question.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -30,6 +33,8 @@ pub struct Present {
     pub routes: Vec<FoundRoute>,
     /// What the firewall's back ends hold.
     pub firewall: firewall::Found,
+    /// Where `tcp_fwmark_accept` stands.
+    pub switch: Switch,
 }
 
 /// What is to be done with the pathways.
@@ -79,28 +84,13 @@ pub struct Change {
     pub command: Step,
 }
 
-/// A table that a pathway cannot have: every look-up of the pathway could meet the other's route first,
-/// and taking the table over could break its owner.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "table {table} is not free for mark {mark}: it {why}; give the pathway another with table="
-)]
-pub struct TableTaken {
-    /// The pathway.
-    pub mark: Mark,
-    /// Its table.
-    pub table: u32,
-    /// Whose it is, as the end of "it …".
-    pub why: String,
-}
-
 /// The way from what is there to what is wanted, in the order to go.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Plan {
     /// Changes, make before break.
     pub changes: Vec<Change>,
     /// What forbids them.
-    pub conflicts: Vec<TableTaken>,
+    pub conflicts: Vec<Conflict>,
     /// What a person should know.
     pub notes: Vec<String>,
 }
@@ -184,8 +174,25 @@ pub fn plan(goal: Goal, pathways: &[Pathway], facts: &Facts, present: &Present) 
             differ.make(*mark, Outcome::Added, Step::AddRule(*rule));
         }
     }
+    differ
+        .plan
+        .conflicts
+        .extend(conflict::with_firewall(goal, pathways, facts, present));
+    let (take, leave) = match without::switch(goal, pathways, facts, present) {
+        Ok(changes) => changes
+            .into_iter()
+            .partition(|change| change.outcome == Outcome::Added),
+        Err(conflict) => {
+            differ.plan.conflicts.push(conflict);
+            (Vec::new(), Vec::new())
+        }
+    };
+    differ.plan.notes.extend(without::notes(&take));
+    differ.plan.notes.extend(without::notes(&leave));
+    differ.plan.changes.extend(take);
     let lines = firewall::changes(goal, pathways, facts.backend, &wanted, &present.firewall);
     differ.plan.changes.extend(lines);
+    differ.plan.changes.extend(leave);
     for pathway in pathways {
         let rules = differ.stale_rules(pathway);
         differ.stale_routes(pathway, &rules);

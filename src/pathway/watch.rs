@@ -28,10 +28,10 @@ use tracing::{debug, error, info, warn};
 
 use crate::model::{Mark, Pathway};
 
-use super::firewall::same_transaction;
-use super::host::{self, Error, Host, Options, Reading};
+use super::firewall::{self, same_transaction};
+use super::host::{self, Error, Host, Means, Options, Reading};
 use super::piece::Step;
-use super::plan::{self, Change, Facts, Goal, Outcome, Plan, TableTaken};
+use super::plan::{self, Change, Conflict, Facts, Goal, Outcome, Plan};
 use culprit::Culprits;
 use events::{Events, News, Parts};
 use pieces::{Losses, Piece};
@@ -94,7 +94,7 @@ impl Keeper {
         name: &str,
     ) -> Result<Self, Error> {
         let pathways = wanted.borrow_and_update().clone();
-        let host = Host::open(Goal::Add, options.firewall)?;
+        let host = Host::open(Goal::Add, Means::of(&options))?;
         // before the reading: what changes under way is told
         let events = Events::open().map_err(Error::Events)?;
         let reading = host.read(&pathways).await?;
@@ -261,7 +261,7 @@ impl Keeper {
         let wanted = self.wanted.borrow_and_update().clone();
         if wanted != self.pathways {
             // programs may have been installed since
-            self.host = Host::open(Goal::Add, self.options.firewall)?;
+            self.host = Host::open(Goal::Add, Means::of(&self.options))?;
             self.pathways = wanted;
             self.news.parts = Parts::ALL;
         }
@@ -306,6 +306,7 @@ impl Keeper {
         if parts.facts || parts.firewall {
             let facts = host.read_facts(pathways, &reading.present.firewall);
             (reading.facts, reading.notes) = facts.await?;
+            host.read_switch(&mut reading.present)?;
         }
         if parts.rules {
             host.read_rules(&mut reading.present).await?;
@@ -356,8 +357,8 @@ impl Keeper {
     fn planned(&self, failures: &mut BTreeSet<String>) -> Plan {
         let now = Instant::now();
         let plan = self.plan_for(&self.pathways, &self.reading.facts);
-        failures.extend(plan.conflicts.iter().map(TableTaken::to_string));
-        let taken: BTreeSet<Mark> = plan.conflicts.iter().map(|taken| taken.mark).collect();
+        failures.extend(plan.conflicts.iter().map(ToString::to_string));
+        let taken: BTreeSet<Mark> = plan.conflicts.iter().map(Conflict::mark).collect();
         let free = |pathway: &&Pathway| {
             !taken.contains(&pathway.mark) && !self.storms.holds(pathway.mark, now)
         };
@@ -376,7 +377,12 @@ impl Keeper {
             .map(|change| change.command.clone())
             .collect();
         let mut changes = changes.into_iter();
+        let mut last = None::<&Step>;
         for batch in steps.chunk_by(same_transaction) {
+            if last.is_some_and(|last| firewall::is_switch(last, &batch[0])) {
+                firewall::settle();
+            }
+            last = batch.last();
             let of: Vec<Change> = changes.by_ref().take(batch.len()).collect();
             let makes =
                 |change: &Change| matches!(change.outcome, Outcome::Added | Outcome::Adopted);

@@ -5,6 +5,19 @@
     reason = "clippy does not take functions that tests share for tests"
 )]
 
+/// The same tests over both back ends: with what `auto` finds here, iptables, and with nftables.
+macro_rules! over_both {
+    ($($test:ident),* $(,)?) => {
+        mod iptables {
+            $(#[test] fn $test() { super::$test(mmproxyctl::pathway::Firewall::Auto) })*
+        }
+        mod nftables {
+            $(#[test] fn $test() { super::$test(mmproxyctl::pathway::Firewall::Nftables) })*
+        }
+    };
+}
+
+mod backends;
 mod cells;
 mod deletions;
 mod foreign;
@@ -20,7 +33,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use mmproxyctl::model::{Mark, Pathway};
-use mmproxyctl::pathway::{self, Firewall, Options, Report};
+use mmproxyctl::pathway::{self, Options, Report};
 use mmproxyctl::runtime_dir::RuntimeDir;
 use serde_json::Value;
 
@@ -46,7 +59,10 @@ pub(crate) fn listing(host: &Host) -> String {
 
 /// [`listing`] without what has no effect: empty chains, and the order of what has the same priority.
 pub(crate) fn effects(host: &Host) -> String {
-    let listing = listed(host, &PIECES);
+    let mut listing = listed(host, &PIECES);
+    if host.run("nft list tables").contains("table inet mmproxy\n") {
+        listing += &listed(host, &["nft list table inet mmproxy"]);
+    }
     let mut lines: Vec<_> = listing
         .lines()
         .map(|line| line.trim_matches(&['[', ']', ','][..]))
@@ -144,7 +160,8 @@ pub(crate) fn options(host: &Host) -> Options {
         dry_run: false,
         runtime_dir: RuntimeDir::resolve(Some(host.dir().join("run"))),
         lock_timeout: Duration::from_secs(20),
-        firewall: Firewall::Auto,
+        firewall: host.firewall(),
+        set_sysctls: false,
     }
 }
 

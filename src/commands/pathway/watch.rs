@@ -40,6 +40,7 @@ pub(super) fn run(
         runtime_dir: RuntimeDir::resolve(global.runtime_dir.clone()),
         lock_timeout: LOCK_LIMIT,
         firewall: global.firewall,
+        set_sysctls: global.set_sysctls,
     };
     let _lock = match options.runtime_dir.try_lock(NAME)? {
         Attempt::Held(lock) => lock,

@@ -367,6 +367,9 @@ impl Fleet {
             return Ok(());
         }
         let report = pathway::add(pathways, &self.options()).await?;
+        for note in &report.notes {
+            warn!("{note}");
+        }
         info!(
             changes = report.changes.len(),
             pathways = pathways.len(),
@@ -415,6 +418,7 @@ impl Fleet {
             runtime_dir: self.world.runtime_dir.clone(),
             lock_timeout: LOCK_LIMIT,
             firewall: self.world.firewall,
+            set_sysctls: self.world.set_sysctls,
         }
     }
 

@@ -42,6 +42,8 @@ pub(super) struct World {
     pub(super) no_check: bool,
     /// What gives replies their mark.
     pub(super) firewall: Firewall,
+    /// Whether a sysctl may be set where that needs one.
+    pub(super) set_sysctls: bool,
     /// As last read without a mistake.
     pub(super) configuration: RefCell<Rc<Configuration>>,
     /// How many instances this process has.

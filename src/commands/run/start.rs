@@ -99,6 +99,7 @@ pub(super) fn start(
         runtime_dir,
         no_check: args.no_check,
         firewall: global.firewall,
+        set_sysctls: global.set_sysctls,
         configuration: RefCell::new(Rc::new(configuration)),
         instances: std::cell::Cell::new(0),
         locks: RefCell::new(locks),

@@ -1,4 +1,5 @@
-//! What iptables-nft leaves behind: its base chains, and the table that holds them.
+//! What iptables-nft leaves behind: its base chains, and the table that holds them. And whether our own
+//! table is there.
 //!
 //! It makes table and chain on the first line, and deletes neither with the last one. Owns the few
 //! nf_tables messages that tell whether they were there before, and delete them when they are empty.
@@ -53,6 +54,13 @@ pub(super) fn absent(family: Family) -> io::Result<Absent> {
     Ok(absent)
 }
 
+/// Whether there is a `table inet mmproxy`, whosever.
+pub(super) fn own_table_exists() -> io::Result<bool> {
+    let (_, name) = super::table::NAME;
+    let found = get_of(NFPROTO_INET, GET_TABLE, &[(TABLE_NAME, name)])?;
+    Ok(found.is_some())
+}
+
 /// Deletes a chain of the mangle table if it is empty and accepts. Whether it did.
 pub(super) fn drop_chain(family: Family, chain: Chain) -> io::Result<bool> {
     let Some(found) = get(family, GET_CHAIN, &chain_attributes(chain))? else {
@@ -73,6 +81,9 @@ pub(super) fn drop_table(family: Family) -> io::Result<bool> {
 fn chain_attributes(chain: Chain) -> [(u16, &'static str); 2] {
     [(TABLE_NAME, TABLE), (CHAIN_NAME, chain.name())]
 }
+
+/// `NFPROTO_INET`: both families.
+const NFPROTO_INET: u8 = 1;
 
 fn nfproto(family: Family) -> u8 {
     match family {
@@ -142,7 +153,11 @@ fn exchange(request: &[u8]) -> io::Result<Vec<Vec<u8>>> {
 
 /// The object's attributes, or `None` where it, or nf_tables as a whole, is not there.
 fn get(family: Family, kind: u16, attributes: &[(u16, &str)]) -> io::Result<Option<Vec<u8>>> {
-    let head = [nfproto(family), 0, 0, 0];
+    get_of(nfproto(family), kind, attributes)
+}
+
+fn get_of(nfproto: u8, kind: u16, attributes: &[(u16, &str)]) -> io::Result<Option<Vec<u8>>> {
+    let head = [nfproto, 0, 0, 0];
     let request = message(NFTABLES << 8 | kind, 0, head, attributes);
     match exchange(&request) {
         Ok(answers) => Ok(answers

@@ -1,10 +1,13 @@
 //! One change of the kernel as a value, and as the equivalent command.
 
+use std::collections::BTreeSet;
 use std::fmt;
+use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::model::Family;
+use crate::model::{Family, Mark};
+use crate::pathway::firewall::table::{self, Entry};
 
 use super::{Chain, Made, Program, Route, Rule};
 
@@ -44,6 +47,66 @@ pub enum Step {
         /// Its family.
         family: Family,
     },
+    /// Replaces `table inet mmproxy`.
+    Entries(EntriesStep),
+    /// Has accepted TCP connections take their mark from the client's packets (`tcp_fwmark_accept`).
+    TakeSwitch(SwitchStep),
+    /// Takes back [`Step::TakeSwitch`].
+    LeaveSwitch(SwitchStep),
+}
+
+/// One pathway's part in a replacement of the table. The steps of one replacement are one transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EntriesStep {
+    /// The pathway.
+    pub mark: Mark,
+    /// What comes or goes for it; nothing where only disorder goes.
+    pub entries: Vec<Entry>,
+    /// The table before and after, of all pathways.
+    pub swap: Arc<Swap>,
+    /// Whether the step takes the replacement back.
+    pub back: bool,
+    /// Whether it is the transaction's first, whose text is the whole of it.
+    pub first: bool,
+}
+
+/// A table that takes another's place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Swap {
+    /// What it held.
+    pub before: BTreeSet<Entry>,
+    /// What it holds then.
+    pub after: BTreeSet<Entry>,
+    /// Its chains before; `None` where they cannot stay.
+    pub chains: Option<BTreeSet<String>>,
+}
+
+impl EntriesStep {
+    /// What `nft -f -` is given for all the steps of the replacement.
+    pub fn transaction(&self) -> String {
+        let Swap {
+            before,
+            after,
+            chains,
+        } = &*self.swap;
+        if self.back {
+            table::transaction(before, Some(&table::chains_of(after)))
+        } else {
+            table::transaction(after, chains.as_ref())
+        }
+    }
+}
+
+/// `net.ipv4.tcp_fwmark_accept`, which IPv6 obeys, too.
+pub(crate) const SWITCH: &str = "net.ipv4.tcp_fwmark_accept";
+
+/// One pathway's use of the switch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SwitchStep {
+    /// The pathway.
+    pub mark: Mark,
+    /// Whether the switch itself changes: the first that needs it turns it on, the last turns it off.
+    pub turns: bool,
 }
 
 /// A line and its place.
@@ -80,6 +143,12 @@ impl Step {
             },
             Self::InsertLine(line) => Self::DelLine(line.clone()),
             Self::DelLine(line) => Self::InsertLine(line.clone()),
+            Self::Entries(step) => Self::Entries(EntriesStep {
+                back: !step.back,
+                ..step.clone()
+            }),
+            Self::TakeSwitch(step) => Self::LeaveSwitch(*step),
+            Self::LeaveSwitch(step) => Self::TakeSwitch(*step),
             Self::DropChain { .. } | Self::DropTable { .. } => return None,
         })
     }
@@ -127,6 +196,16 @@ impl fmt::Display for Step {
                     Family::V6 => "ip6",
                 };
                 write!(f, "nft delete table {family} mangle")
+            }
+            // the lines behind # are for people: a shell, and nft, pass over them
+            Self::Entries(step) if step.first => {
+                write!(f, "nft -f - <<'END'\n{}END", step.transaction())
+            }
+            Self::Entries(step) => write!(f, "# mark {}: in the same transaction", step.mark),
+            Self::TakeSwitch(step) if step.turns => write!(f, "sysctl -w {SWITCH}=1"),
+            Self::LeaveSwitch(step) if step.turns => write!(f, "sysctl -w {SWITCH}=0"),
+            Self::TakeSwitch(step) | Self::LeaveSwitch(step) => {
+                write!(f, "# mark {}: {SWITCH} stays", step.mark)
             }
         }
     }

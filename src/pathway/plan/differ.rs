@@ -6,7 +6,7 @@ use crate::model::{Family, Mark, Pathway};
 use crate::pathway::piece::{FoundRoute, PROTOCOL, Route, Rule, Step, UNTAGGED};
 
 use super::wanted::{marked, wanted_rules};
-use super::{Change, Facts, Goal, Outcome, Plan, Present, TableTaken, Wanted};
+use super::{Change, Conflict, Facts, Goal, Outcome, Plan, Present, TableTaken, Wanted};
 
 pub(super) fn index(
     rules: &BTreeSet<Rule>,
@@ -19,6 +19,11 @@ pub(super) fn index(
         }
     }
     index
+}
+
+fn taken(pathway: &Pathway, why: String) -> Conflict {
+    let (mark, table) = (pathway.mark, pathway.table.get());
+    Conflict::Table(TableTaken { mark, table, why })
 }
 
 /// The comparison while it goes on. Indexed by table and mark, so that it stays linear in the pathways.
@@ -65,11 +70,8 @@ impl Differ<'_> {
     pub(super) fn make_routes(&mut self, pathway: &Pathway) {
         let table = pathway.table.get();
         if let (Goal::Add, Some(tenant)) = (self.goal, self.tenant(pathway)) {
-            self.plan.conflicts.push(TableTaken {
-                mark: pathway.mark,
-                table,
-                why: format!("is the table of mark {tenant}"),
-            });
+            let why = format!("is the table of mark {tenant}");
+            self.plan.conflicts.push(taken(pathway, why));
         }
         for &family in &self.facts.families {
             let route = Route {
@@ -99,11 +101,8 @@ impl Differ<'_> {
                     },
                     FoundRoute::Other { text, .. } => text.clone(),
                 };
-                self.plan.conflicts.push(TableTaken {
-                    mark: pathway.mark,
-                    table,
-                    why: format!("holds another program's {family} route ({foreign})"),
-                });
+                let why = format!("holds another program's {family} route ({foreign})");
+                self.plan.conflicts.push(taken(pathway, why));
             }
             match there {
                 Some(PROTOCOL) => {}

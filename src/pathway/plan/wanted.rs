@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use crate::model::{ConnmarkMode, Family, Mark, Pathway};
 use crate::pathway::firewall::Backend;
+use crate::pathway::firewall::table::Entry;
 use crate::pathway::piece::{Chain, Job, Line, PROTOCOL, Route, Rule, loopback};
 
 /// Where a rule stands that shall answer only when the main table (32766) has no route.
@@ -23,6 +24,8 @@ pub struct Facts {
     pub own: BTreeSet<IpAddr>,
     /// What gives replies their mark.
     pub backend: Backend,
+    /// Whether a sysctl may be set.
+    pub may_set_sysctls: bool,
 }
 
 /// Every piece that a set of pathways wants, by the mark that wants it.
@@ -34,6 +37,8 @@ pub struct Wanted {
     pub routes: BTreeMap<Route, Mark>,
     /// CONNMARK lines, saves before restores.
     pub lines: BTreeSet<Line>,
+    /// The pathways that need `tcp_fwmark_accept`.
+    pub switch: BTreeSet<Mark>,
 }
 
 impl Wanted {
@@ -41,6 +46,9 @@ impl Wanted {
     pub fn new(pathways: &[Pathway], facts: &Facts) -> Self {
         let mut wanted = Self::default();
         for pathway in pathways {
+            wanted
+                .switch
+                .extend(needs_switch(pathway, facts).then_some(pathway.mark));
             for &family in &facts.families {
                 let rules = wanted_rules(pathway, family, facts);
                 wanted
@@ -74,10 +82,40 @@ impl Wanted {
     }
 }
 
+impl Wanted {
+    /// The mark of each piece, as often as it has pieces in the back end of these facts.
+    pub fn marks(&self, facts: &Facts) -> Vec<Mark> {
+        let rules_and_routes = self.rules.values().chain(self.routes.values()).copied();
+        let lines: Vec<Mark> = match facts.backend {
+            Backend::Iptables => self.lines.iter().map(|line| line.mark).collect(),
+            // an entry serves both families
+            Backend::Nftables => {
+                let entries: BTreeSet<Entry> = self.lines.iter().map(Entry::from).collect();
+                entries.into_iter().map(|entry| entry.mark).collect()
+            }
+            Backend::None => Vec::new(),
+        };
+        rules_and_routes
+            .chain(lines)
+            .chain(self.switch.iter().copied())
+            .collect()
+    }
+}
+
 /// Whether CONNMARK lines are wanted. With `route_localnet` on, a loopback target has no unmarked rule
 /// to rely on, so `auto` cannot leave them out.
 pub fn wants_lines(pathway: &Pathway, facts: &Facts) -> bool {
-    pathway.wants_connmark() || (pathway.connmark == ConnmarkMode::Auto && facts.route_localnet)
+    facts.backend != Backend::None
+        && (pathway.wants_connmark()
+            || (pathway.connmark == ConnmarkMode::Auto && facts.route_localnet))
+}
+
+/// Whether the pathway relies on `tcp_fwmark_accept`: where there is no firewall, for what the unmarked
+/// loopback rule does not carry.
+pub fn needs_switch(pathway: &Pathway, facts: &Facts) -> bool {
+    facts.backend == Backend::None
+        && pathway.connmark != ConnmarkMode::Off
+        && (!pathway.targets.is_empty() || facts.route_localnet)
 }
 
 pub(super) fn marked(pathway: &Pathway, family: Family) -> Rule {
@@ -99,8 +137,8 @@ pub(super) fn wanted_rules(pathway: &Pathway, family: Family, facts: &Facts) -> 
     // fails unless route_localnet is on, so the unmarked rule answers it. Where it is on, the rule
     // would catch replies to clients that were DNATed to 127.0.0.1; there the main table answers, and
     // the rule is needed only behind it, for a host without a default route.
-    let relies_on_main =
-        family == Family::V4 && facts.route_localnet && wants_lines(pathway, facts);
+    let marked_in_time = wants_lines(pathway, facts) || needs_switch(pathway, facts);
+    let relies_on_main = family == Family::V4 && facts.route_localnet && marked_in_time;
     let unmarked = if !relies_on_main {
         Some(pathway.priority.unmarked())
     } else if !facts.default_route.contains(&family) {

@@ -107,7 +107,7 @@ impl Culprits {
             Step::AddRoute(route) => self.routes.get(&(route.family, route.table)),
             step => self
                 .firewall
-                .get(&Some(step.family()))
+                .get(&step.family())
                 .or_else(|| self.firewall.get(&None)),
         };
         who.cloned().unwrap_or_default()

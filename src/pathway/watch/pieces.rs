@@ -9,7 +9,7 @@ use super::culprit::{Culprits, Who};
 use crate::model::Mark;
 use crate::pathway::piece::Step;
 use crate::pathway::plan::{Change, Outcome, Plan};
-use crate::pathway::{Finding, Problem};
+use crate::pathway::{Finding, Firewall, Problem};
 
 /// What kind of thing a piece is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -68,6 +68,7 @@ impl Piece {
 fn text(change: &Change) -> String {
     let finding = Finding {
         mark: change.mark,
+        firewall: Firewall::Auto,
         problem: Problem::Missing(change.command.clone()),
     };
     finding.to_string().replacen(" missing: ", " ", 1)

@@ -7,32 +7,40 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::Duration;
 
 use mmproxyctl::model::{Pathway, Priority, TableId};
+use mmproxyctl::pathway::Firewall;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{add, del, pathway};
 use crate::support::net::{Host, wait_for};
 
+over_both!(
+    every_cell_works_on_every_kind_of_host,
+    no_cell_works_without_the_pathway,
+    direct_clients_that_are_sent_to_loopback_are_unaffected,
+    established_connections_survive_every_change,
+);
+
 /// How long a connect may take that shall work, and one that shall not.
-const LIMIT: Duration = Duration::from_secs(3);
-const HOPELESS: Duration = Duration::from_millis(300);
+pub(crate) const LIMIT: Duration = Duration::from_secs(3);
+pub(crate) const HOPELESS: Duration = Duration::from_millis(300);
 
 const PORT: u16 = 2222;
-const MARK: u32 = 123;
+pub(crate) const MARK: u32 = 123;
 
 /// Clients from far away, and the neighbour on the LAN.
-const CLIENTS: [&str; 4] = ["198.51.100.7", "2001:db8:7::7", "10.0.0.1", "fd00::1"];
+pub(crate) const CLIENTS: [&str; 4] = ["198.51.100.7", "2001:db8:7::7", "10.0.0.1", "fd00::1"];
 
 /// wks01 with a LAN, a container behind a bridge, and a host whose gateway it is.
-pub(super) struct Lab {
-    pub(super) wks: Host,
-    pub(super) lan: Host,
-    pub(super) services: Vec<(&'static str, TcpListener)>,
+pub(crate) struct Lab {
+    pub(crate) wks: Host,
+    pub(crate) lan: Host,
+    pub(crate) services: Vec<(&'static str, TcpListener)>,
     _others: [Host; 2],
 }
 
 impl Lab {
-    pub(super) fn new() -> Self {
-        let (wks, lan) = (Host::new("wks01"), Host::new("lan"));
+    pub(crate) fn new(firewall: Firewall) -> Self {
+        let (wks, lan) = (Host::new("wks01").with(firewall), Host::new("lan"));
         let (container, routed) = (Host::new("container"), Host::new("routed"));
         wks.link(
             "eth0",
@@ -85,7 +93,7 @@ impl Lab {
         }
     }
 
-    pub(super) fn default_route(&self, wanted: bool) {
+    pub(crate) fn default_route(&self, wanted: bool) {
         let verb = if wanted { "replace" } else { "del" };
         for (ip, via) in [("", "10.0.0.1"), ("-6", "fd00::1")] {
             let words = format!("ip {ip} route {verb} default via {via}");
@@ -95,7 +103,7 @@ impl Lab {
         }
     }
 
-    fn sysctls(&self, name: &str, value: &str) {
+    pub(crate) fn sysctls(&self, name: &str, value: &str) {
         for interface in ["all", "lo", "eth0", "eth1", "br0"] {
             self.wks
                 .sysctl(&format!("net.ipv4.conf.{interface}.{name}"), value);
@@ -104,7 +112,7 @@ impl Lab {
 
     /// Every pair of client and service of one family that fails, with `limit` for each. Services in
     /// parallel.
-    fn failures(&self, clients: &[&'static str], limit: Duration) -> Vec<String> {
+    pub(crate) fn failures(&self, clients: &[&'static str], limit: Duration) -> Vec<String> {
         std::thread::scope(|scope| {
             let threads: Vec<_> = self
                 .services
@@ -148,7 +156,7 @@ impl Lab {
     }
 
     /// A connection of wks01 that the service must take for the client's, and the client's address.
-    fn spoofed(
+    pub(crate) fn spoofed(
         &self,
         client: &str,
         service: &str,
@@ -187,12 +195,48 @@ impl Lab {
         })
     }
 
+    /// A relayed connection from far away to each service.
+    pub(crate) fn connections(&self) -> Vec<(&'static str, TcpStream, TcpStream)> {
+        let mut connections = Vec::new();
+        for client in &CLIENTS[..2] {
+            for (service, listener) in &self.services {
+                if client.contains(':') != service.contains(':') {
+                    continue;
+                }
+                let (near, expected) = self.spoofed(client, service, LIMIT).unwrap();
+                let far = accept(listener, expected);
+                connections.push((*service, near, far));
+            }
+        }
+        connections
+    }
+
+    /// Counts, and drops, replies that leave by the default route: in a gap they do, and the host there
+    /// would reset the connection.
+    pub(crate) fn count_leaks(&self) {
+        for (iptables, client) in [("iptables", CLIENTS[0]), ("ip6tables", CLIENTS[1])] {
+            self.lan.run(&format!(
+                "{iptables} -t raw -A PREROUTING -d {client} -p tcp -j DROP"
+            ));
+        }
+    }
+
+    /// How many replies left, by family.
+    pub(crate) fn leaked(&self) -> [u64; 2] {
+        ["iptables", "ip6tables"].map(|iptables| {
+            let counted = self.lan.run(&format!("{iptables} -t raw -vxnL PREROUTING"));
+            let line = counted.lines().nth(2).expect("the rule");
+            let packets = line.split_whitespace().next().expect("a count");
+            packets.parse().expect("a number")
+        })
+    }
+
     fn service(&self, address: &str) -> &TcpListener {
         let found = self.services.iter().find(|(known, _)| *known == address);
         &found.unwrap().1
     }
 
-    fn pathway(&self) -> Pathway {
+    pub(crate) fn pathway(&self) -> Pathway {
         let targets: Vec<_> = self
             .services
             .iter()
@@ -203,7 +247,7 @@ impl Lab {
     }
 
     /// Clients without a pathway: straight from the LAN to every service that it can reach.
-    fn assert_direct(&self, case: &str) {
+    pub(crate) fn assert_direct(&self, case: &str) {
         for (address, listener) in &self.services {
             let service = at(address, PORT);
             if service.ip().is_loopback() {
@@ -222,12 +266,39 @@ impl Lab {
     }
 }
 
+/// Does something while every connection exchanges bytes all the time, and once more afterwards.
+pub(crate) fn under_traffic(
+    connections: &mut [(&'static str, TcpStream, TcpStream)],
+    work: impl FnOnce(),
+) {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for (service, near, far) in connections.iter_mut() {
+            let done = &done;
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    exchange(near, far).unwrap_or_else(|error| panic!("{service}: {error}"));
+                    // leave the run that is being watched a processor
+                    std::thread::sleep(Duration::from_micros(20));
+                }
+            });
+        }
+        // also when the work panics, or the scope waits for ever
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        done.store(true, Ordering::Relaxed);
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
+    for (service, near, far) in connections {
+        exchange(near, far).unwrap_or_else(|error| panic!("{service}: {error}"));
+    }
+}
+
 fn at(address: &str, port: u16) -> SocketAddr {
     SocketAddr::new(address.parse().unwrap(), port)
 }
 
 /// The connection from this client; one that an earlier, failed attempt left in the queue is dropped.
-pub(super) fn accept(listener: &TcpListener, client: SocketAddr) -> TcpStream {
+pub(crate) fn accept(listener: &TcpListener, client: SocketAddr) -> TcpStream {
     listener.set_nonblocking(true).expect("set non-blocking");
     let mut found = None;
     wait_for(&format!("{client} in the listener's queue"), || {
@@ -244,7 +315,7 @@ pub(super) fn accept(listener: &TcpListener, client: SocketAddr) -> TcpStream {
 }
 
 /// A byte each way.
-pub(super) fn exchange(near: &mut TcpStream, far: &mut TcpStream) -> std::io::Result<()> {
+pub(crate) fn exchange(near: &mut TcpStream, far: &mut TcpStream) -> std::io::Result<()> {
     let mut byte = [0];
     near.write_all(b"?")?;
     far.read_exact(&mut byte)?;
@@ -257,9 +328,8 @@ pub(super) fn exchange(near: &mut TcpStream, far: &mut TcpStream) -> std::io::Re
 /// route_localnet as somebody else may have set it.
 const ROUTE_LOCALNET: [Option<&str>; 4] = [None, Some("lo"), Some("eth0"), Some("all")];
 
-#[test]
-fn every_cell_works_on_every_kind_of_host() {
-    let lab = Lab::new();
+fn every_cell_works_on_every_kind_of_host(firewall: Firewall) {
+    let lab = Lab::new(firewall);
     lab.wks.sysctl("net.ipv4.ip_forward", "1");
     lab.wks.sysctl("net.ipv6.conf.all.forwarding", "1");
     let pathway = [lab.pathway()];
@@ -288,9 +358,8 @@ fn every_cell_works_on_every_kind_of_host() {
     assert_eq!(lab.failures(&CLIENTS, LIMIT), [""; 0], "without forwarding");
 }
 
-#[test]
-fn no_cell_works_without_the_pathway() {
-    let lab = Lab::new();
+fn no_cell_works_without_the_pathway(firewall: Firewall) {
+    let lab = Lab::new(firewall);
     lab.default_route(true);
     let far_away = &CLIENTS[..2];
     assert_eq!(lab.failures(far_away, HOPELESS).len(), 8);
@@ -310,9 +379,8 @@ fn no_cell_works_without_the_pathway() {
     );
 }
 
-#[test]
-fn direct_clients_that_are_sent_to_loopback_are_unaffected() {
-    let lab = Lab::new();
+fn direct_clients_that_are_sent_to_loopback_are_unaffected(firewall: Firewall) {
+    let lab = Lab::new(firewall);
     lab.default_route(true);
     lab.wks.sysctl("net.ipv4.conf.eth0.route_localnet", "1");
     lab.wks.run(&format!(
@@ -335,24 +403,13 @@ fn direct_clients_that_are_sent_to_loopback_are_unaffected() {
     assert!(direct().is_err());
 }
 
-#[test]
-fn established_connections_survive_every_change() {
-    let lab = Lab::new();
+fn established_connections_survive_every_change(firewall: Firewall) {
+    let lab = Lab::new(firewall);
     lab.default_route(true);
     super::foreign::old_scripts(&lab.wks, MARK);
     let base = lab.pathway();
     add(&lab.wks, std::slice::from_ref(&base));
-    let mut connections = Vec::new();
-    for client in &CLIENTS[..2] {
-        for (service, listener) in &lab.services {
-            if client.contains(':') != service.contains(':') {
-                continue;
-            }
-            let (near, expected) = lab.spoofed(client, service, LIMIT).unwrap();
-            let far = accept(listener, expected);
-            connections.push((*service, near, far));
-        }
-    }
+    let mut connections = lab.connections();
     assert_eq!(connections.len(), 8);
     let with = |change: fn(&mut Pathway)| {
         let mut pathway = base.clone();
@@ -382,51 +439,22 @@ fn established_connections_survive_every_change() {
         ),
         ("back", base.clone()),
     ];
-    // Traffic all the while. In a gap a reply leaves for the client by the default route, whose host
-    // would reset the connection: here it is counted.
-    for (iptables, client) in [("iptables", CLIENTS[0]), ("ip6tables", CLIENTS[1])] {
-        lab.lan.run(&format!(
-            "{iptables} -t raw -A PREROUTING -d {client} -p tcp -j DROP"
-        ));
-    }
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        for (service, near, far) in &mut connections {
-            let done = &done;
-            scope.spawn(move || {
-                while !done.load(Ordering::Relaxed) {
-                    exchange(near, far).unwrap_or_else(|error| panic!("{service}: {error}"));
-                    // leave the run that is being watched a processor
-                    std::thread::sleep(Duration::from_micros(20));
-                }
-            });
-        }
+    lab.count_leaks();
+    under_traffic(&mut connections, || {
         for _ in 0..5 {
             for (change, variant) in &variants {
                 let report = add(&lab.wks, std::slice::from_ref(variant));
                 assert!(report.changed(), "{change}");
             }
         }
-        done.store(true, Ordering::Relaxed);
     });
-    for (service, near, far) in &mut connections {
-        exchange(near, far).unwrap_or_else(|error| panic!("{service}: {error}"));
-    }
-    let leaked = || {
-        ["iptables", "ip6tables"].map(|iptables| -> u64 {
-            let counted = lab.lan.run(&format!("{iptables} -t raw -vxnL PREROUTING"));
-            let line = counted.lines().nth(2).expect("the rule");
-            let packets = line.split_whitespace().next().expect("a count");
-            packets.parse().expect("a number")
-        })
-    };
-    assert_eq!(leaked(), [0, 0]);
+    assert_eq!(lab.leaked(), [0, 0]);
     // and without the pathway it would have been seen
     del(&lab.wks, &[base]);
     for (_, _, far) in &mut connections {
         far.write_all(b"!").expect("write");
     }
     wait_for("replies that leave by the default route", || {
-        leaked().iter().all(|packets| *packets > 0)
+        lab.leaked().iter().all(|packets| *packets > 0)
     });
 }

@@ -87,7 +87,7 @@ impl Dice {
 
 /// The times that the repairs took, sorted.
 fn deletions(count: usize) -> Vec<Duration> {
-    let lab = Lab::new();
+    let lab = Lab::new(mmproxyctl::pathway::Firewall::Auto);
     lab.default_route(true);
     let conf: String = MARKS
         .map(|mark| format!("{mark} targets=10.0.0.2,fd00::2,172.20.0.2,fd00:20::2\n"))

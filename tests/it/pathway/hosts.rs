@@ -190,7 +190,7 @@ fn a_host_without_iptables() {
     let (code, out, err) = hidden("pathway add 123");
     assert_eq!((code, out.as_str()), (1, ""), "{err}");
     assert!(
-        err.contains("iptables is not installed") && err.contains("package iptables"),
+        err.contains("neither iptables nor nftables is installed"),
         "{err}"
     );
     assert_same(&listing(&host), &before, "listing");

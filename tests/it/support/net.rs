@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use mmproxyctl::pathway::Firewall;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
@@ -20,6 +21,7 @@ use nix::unistd::Pid;
 pub(crate) struct Host {
     name: &'static str,
     namespace: Arc<File>,
+    firewall: Firewall,
     scratch: Arc<tempfile::TempDir>,
 }
 
@@ -39,12 +41,23 @@ impl Host {
         let host = Self {
             name,
             namespace: Arc::new(namespace),
+            firewall: Firewall::Auto,
             scratch: Arc::new(tempfile::tempdir().expect("scratch directory")),
         };
         host.ip("link set lo up");
         host.sysctl("net.ipv6.conf.all.accept_dad", "0");
         host.sysctl("net.ipv6.conf.default.accept_dad", "0");
         host
+    }
+
+    /// The same, where pathways are made with this choice of a firewall.
+    pub(crate) fn with(self, firewall: Firewall) -> Self {
+        Self { firewall, ..self }
+    }
+
+    /// The choice of a firewall.
+    pub(crate) fn firewall(&self) -> Firewall {
+        self.firewall
     }
 
     /// A directory of this host's own, removed with it: configuration, logs, runtime files.
@@ -201,6 +214,8 @@ impl Host {
             .env_remove("MMPROXY_CONFIG_DIR")
             .env_remove("RUNTIME_DIRECTORY")
             .env_remove("ALLOW_LIST_PATH")
+            .env_remove("MMPROXY_SET_SYSCTLS")
+            .env("MMPROXY_FIREWALL", self.firewall.name())
             .arg("--config-dir")
             .arg(self.dir().join("etc"))
             .arg("--runtime-dir")

@@ -1,0 +1,134 @@
+//! What `nft -j list table` says, by meaning: nft rewrites masks (`& 0xffffff00 | 0x7b` comes back as
+//! `& 0xffffff7b | 0x7b`), drops one that takes all bits, and names things differently by version.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use super::{Does, Hook, Key, Layout, PRIORITY, Table, TableRule};
+
+impl Table {
+    /// Reads the JSON text; `None` where it is not of nft's shape.
+    pub(crate) fn parse(json: &str) -> Option<Self> {
+        let layout = Layout::parse(&serde_json::from_str(json).ok()?)?;
+        if !layout.is_ours() {
+            return Some(Self::Foreign);
+        }
+        let entries = layout.entries();
+        Some(Self::Ours {
+            exact: layout == Layout::of(&entries),
+            awake: !layout.flagged,
+            chains: layout.chains_that_can_stay(),
+            entries,
+        })
+    }
+}
+
+impl Layout {
+    fn parse(listed: &Value) -> Option<Self> {
+        let mut layout = Self::default();
+        for object in listed.get("nftables")?.as_array()? {
+            let (kind, value) = object.as_object()?.iter().next()?;
+            let text = |key: &str| value.get(key).and_then(Value::as_str);
+            match kind.as_str() {
+                "metainfo" => {}
+                // `dormant` unhooks every chain; what nft 1.0 lists as its flags is not to be trusted
+                "table" => layout.flagged |= value.get("flags").is_some(),
+                "chain" => {
+                    let hook = text("hook").map(|hook| Hook {
+                        kind: text("type").unwrap_or_default().to_owned(),
+                        hook: hook.to_owned(),
+                        priority: priority(value.get("prio")),
+                        policy: text("policy").unwrap_or_default().to_owned(),
+                    });
+                    let chain = layout.chains.entry(text("name")?.to_owned());
+                    chain.or_default().hook = hook;
+                }
+                "rule" => {
+                    let chain = layout.chains.entry(text("chain")?.to_owned());
+                    chain.or_default().rules.push(TableRule {
+                        comment: text("comment").map(str::to_owned),
+                        does: does(value.get("expr")?).unwrap_or(Does::Other),
+                    });
+                }
+                _ => layout.strange = true,
+            }
+        }
+        Some(layout)
+    }
+}
+
+fn priority(value: Option<&Value>) -> i64 {
+    match value {
+        Some(Value::String(name)) if name == "mangle" => PRIORITY,
+        Some(value) => value.as_i64().unwrap_or(i64::MAX),
+        None => i64::MAX,
+    }
+}
+
+fn does(expressions: &Value) -> Option<Does> {
+    let [expression] = expressions.as_array()?.as_slice() else {
+        return None;
+    };
+    if let Some(dispatch) = expression.get("vmap") {
+        let (key, mask, 0) = computed(dispatch.get("key")?)? else {
+            return None;
+        };
+        let mut to = BTreeMap::new();
+        for element in dispatch.get("data")?.get("set")?.as_array()? {
+            let [mark, verdict] = element.as_array()?.as_slice() else {
+                return None;
+            };
+            let target = verdict.get("jump")?.get("target")?.as_str()?;
+            to.insert(number(mark)?, target.to_owned());
+        }
+        let key = key?;
+        return Some(Does::Dispatch { key, mask, to });
+    }
+    let set = expression.get("mangle")?;
+    let (Some(key), u32::MAX, 0) = computed(set.get("key")?)? else {
+        return None;
+    };
+    let (from, mut keep, value) = computed(set.get("value")?)?;
+    if from.is_some_and(|from| from != key) {
+        return None;
+    }
+    // bits that are set anyway need not be kept: the canonical form keeps none of them
+    keep &= !value;
+    Some(Does::Set { key, keep, value })
+}
+
+fn number(value: &Value) -> Option<u32> {
+    u32::try_from(value.as_u64()?).ok()
+}
+
+/// An expression of one mark and constants as `(mark & keep) ^ flip`; a constant keeps nothing.
+fn computed(expression: &Value) -> Option<(Option<Key>, u32, u32)> {
+    if let Some(value) = number(expression) {
+        return Some((None, 0, value));
+    }
+    let (operator, operands) = expression.as_object()?.iter().next()?;
+    let is_mark = || operands.get("key").and_then(Value::as_str) == Some("mark");
+    match operator.as_str() {
+        "meta" if is_mark() => return Some((Some(Key::Packet), u32::MAX, 0)),
+        "ct" if is_mark() && operands.get("dir").is_none() => {
+            return Some((Some(Key::Connection), u32::MAX, 0));
+        }
+        _ => {}
+    }
+    let [left, right @ ..] = operands.as_array()?.as_slice() else {
+        return None;
+    };
+    let (key, mut keep, mut flip) = computed(left)?;
+    // some versions list `a & b | c` as one operation with three operands
+    for right in right {
+        let constant = number(right)?;
+        match operator.as_str() {
+            "&" => (keep, flip) = (keep & constant, flip & constant),
+            "|" => (keep, flip) = (keep & !constant, flip & !constant | constant),
+            "^" => flip ^= constant,
+            _ => return None,
+        }
+    }
+    Some((key, keep, flip))
+}
