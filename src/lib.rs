@@ -11,6 +11,7 @@
 //! | [`socket`] | every socket option there is | connections |
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
+//! | [`doctor`] | probes → evidence → verdict (pure) → fix | configuration, how a verdict is shown |
 //! | [`resolve`] | the addresses of targets that are names: resolver, container engine | relays, pathways |
 //! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
 //! | [`control`] | the Unix socket of a running process: framing, limits, who may ask | what a request leads to |

@@ -114,3 +114,13 @@ fn sixteen_cells_with_iptables() {
 fn sixteen_cells_beside_tailscale_and_docker() {
     healthy("", &format!("{TAILSCALE}{DOCKER}"), true);
 }
+
+#[test]
+fn sixteen_cells_with_nftables() {
+    healthy("--firewall nftables", "", false);
+}
+
+#[test]
+fn sixteen_cells_with_nftables_beside_tailscale_and_docker() {
+    healthy("--firewall nftables", &format!("{TAILSCALE}{DOCKER}"), true);
+}
