@@ -137,6 +137,7 @@ fn fix(global: &Global, asked: &[Asked], diagnoses: &[Diagnosis]) -> anyhow::Res
         dry_run: false,
         firewall: global.firewall,
         runtime_dir: RuntimeDir::resolve(global.runtime_dir.clone()),
+        set_sysctls: global.set_sysctls,
         lock_timeout: LOCK_LIMIT,
     };
     let runtime = tokio::runtime::Builder::new_current_thread()

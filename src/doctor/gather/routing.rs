@@ -91,7 +91,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 fn missing(finding: &pathway::Finding) -> Missing {
     let (family, unrouted) = match &finding.problem {
         Problem::Missing(step) => (
-            Some(step.family()),
+            step.family(),
             matches!(step, Step::AddRule(rule) if rule.priority == UNROUTED_PRIORITY),
         ),
         Problem::TableTaken(_) | Problem::Conflict(_) => (None, false),
