@@ -2,8 +2,10 @@
 //! one static binary: nothing is pulled.
 
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use super::Rig;
 use crate::relay::lab::announce;
@@ -28,7 +30,8 @@ if [ ! -e rootfs.tar ]; then
     podman "$1" import --quiet rootfs.tar localhost/busybox
     podman "$1" network create --subnet 10.89.5.0/24 --ipv6 --subnet fd89:5::/64 front
 fi
-podman "$1" system service --time 0 "unix://$1/podman.sock"
+touch ready
+exec sleep infinity
 "#;
 
 const CONF: &str = r#"
@@ -43,6 +46,8 @@ network_backend = "netavark"
 struct Engine<'r> {
     rig: &'r Rig,
     directory: PathBuf,
+    /// Whose mount namespace has the containers' network namespaces: they outlive the service.
+    holder: Running,
     service: Option<Running>,
 }
 
@@ -51,13 +56,35 @@ impl<'r> Engine<'r> {
         let directory = rig.wks.dir().join("engine");
         rig.wks.write("engine/containers.conf", CONF);
         rig.wks.write("engine/engine.sh", SCRIPT);
+        let mut command = rig.wks.command("unshare");
+        command
+            .args(["--mount", "--propagation", "private", "bash"])
+            .arg(directory.join("engine.sh"))
+            .arg(&directory);
         let mut engine = Self {
             rig,
+            holder: rig.wks.spawn(command),
             directory,
             service: None,
         };
+        engine.wait_until("ready to start", |engine| {
+            engine.directory.join("ready").exists()
+        });
         engine.start();
         engine
+    }
+
+    fn wait_until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let end = Instant::now() + Duration::from_secs(60);
+        while !condition(self) {
+            let service = self.service.as_ref().map(Running::log).unwrap_or_default();
+            assert!(
+                Instant::now() < end,
+                "podman is not {what} (apt-get install podman):\n{}{service}",
+                self.holder.log()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     fn socket(&self) -> String {
@@ -65,22 +92,27 @@ impl<'r> Engine<'r> {
     }
 
     fn start(&mut self) {
-        let mut command = self.rig.wks.command("unshare");
+        let mut command = self.rig.wks.command("nsenter");
         command
-            .args(["--mount", "--propagation", "private", "bash"])
-            .arg(self.directory.join("engine.sh"))
-            .arg(&self.directory);
-        self.service = Some(self.rig.wks.spawn(command));
-        let path = self.directory.join("podman.sock");
-        let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
-        while std::os::unix::net::UnixStream::connect(&path).is_err() {
-            let log = self.service.as_ref().map(Running::log).unwrap_or_default();
-            assert!(
-                std::time::Instant::now() < end,
-                "no podman (apt-get install podman):\n{log}"
-            );
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            .arg(format!("--mount=/proc/{}/ns/mnt", self.holder.pid()))
+            .args(["--", "podman"])
+            .env("CONTAINERS_CONF", self.directory.join("containers.conf"));
+        for (option, name) in [
+            ("--root", "storage"),
+            ("--runroot", "runroot"),
+            ("--tmpdir", "tmp"),
+            ("--network-config-dir", "networks"),
+        ] {
+            command.arg(option).arg(self.directory.join(name));
         }
+        command
+            .args(["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs"])
+            .args(["--events-backend", "file", "--runtime", "crun"])
+            .args(["system", "service", "--time", "0", &self.socket()]);
+        self.service = Some(self.rig.wks.spawn(command));
+        self.wait_until("up", |engine| {
+            UnixStream::connect(engine.directory.join("podman.sock")).is_ok()
+        });
     }
 
     fn stop(&mut self) {
@@ -114,11 +146,12 @@ impl<'r> Engine<'r> {
 impl Drop for Engine<'_> {
     fn drop(&mut self) {
         // containers outlive the service
-        if self.service.is_some() && Path::new(&self.directory.join("podman.sock")).exists() {
+        if self.service.is_some() {
             let _ = self
                 .rig
                 .wks
                 .command("podman")
+                .env("CONTAINERS_CONF", self.directory.join("containers.conf"))
                 .arg("--url")
                 .arg(self.socket())
                 .args(["rm", "--force", "--all", "--time", "0"])

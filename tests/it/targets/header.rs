@@ -43,6 +43,11 @@ fn connections_go_where_the_header_says_within_limits() {
             "{conns}"
         );
     }
+    // a health check has none
+    let mut stream = rig.dial("10.0.0.1:2222");
+    stream.write_all(b"PROXY UNKNOWN\r\n").expect("send");
+    assert!(!matches!(stream.read(&mut [0; 8]), Ok(1..)));
+    relay.wait_log("names no destination");
     // not in the list, no address, no port, and another family than the client's
     let _service = Service::echo(&rig.wks, "10.0.0.3:7001");
     for (client, destination) in [
@@ -59,13 +64,11 @@ fn connections_go_where_the_header_says_within_limits() {
             !matches!(stream.read(&mut [0; 8]), Ok(1..)),
             "{destination}"
         );
-        relay.wait_log(&format!("refused: the destination {destination}"));
+        // five of a kind about one proxy are said, the rest is counted
+        if destination != "[::1]:7003" {
+            relay.wait_log(&format!("refused: the destination {destination}"));
+        }
     }
-    // a health check has none
-    let mut stream = rig.dial("10.0.0.1:2222");
-    stream.write_all(b"PROXY UNKNOWN\r\n").expect("send");
-    assert!(!matches!(stream.read(&mut [0; 8]), Ok(1..)));
-    relay.wait_log("names no destination");
     let status = rig.wks.mmproxyctl("status any").output().expect("status");
     let status = String::from_utf8_lossy(&status.stdout).into_owned();
     assert!(status.contains("6 destination-refused"), "{status}");
