@@ -1,7 +1,7 @@
 //! What can be typed: clap definitions only.
 
 use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,10 +9,17 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use ipnet::IpNet;
 
+mod import;
+mod standalone;
+
+use crate::edge::Kind;
 use crate::metrics::Endpoint;
 use crate::model::{ValueError, parse_duration, parse_prefix};
 use crate::overview::Sort;
 use crate::pathway::Firewall;
+
+pub use import::{ImportArgs, ImportSource};
+pub use standalone::{OptionFlags, StandaloneArgs};
 
 /// Lets services behind a PROXY-protocol sender see their real clients: kernel pathways and relays.
 #[derive(Debug, Parser)]
@@ -105,6 +112,12 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Be the proxy: send a PROXY header for a given client, then pass stdin and stdout
     Probe(ProbeArgs),
+    /// Print what belongs into the configuration of the proxy in front of an instance
+    EdgeConfig(EdgeConfigArgs),
+    /// Turn what runs today into the two files: go-mmproxy, its forks and relatives, the shell set-up
+    Import(ImportArgs),
+    /// Make the links go-mmproxy and mmproxy, under which the old programs' flags are understood
+    Link(LinkArgs),
     /// Show the whole chain in private network namespaces; nothing on the host is touched
     Demo(DemoArgs),
     /// Print a shell's completion script
@@ -195,11 +208,14 @@ and who took it, as far as the kernel tells. What takes a pathway away again and
 for up to 30 s at a time.";
 
 /// `run`.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct RunArgs {
     /// The instances, as named in instances.tsv
-    #[arg(value_name = "INSTANCE", required_unless_present = "all")]
+    #[arg(value_name = "INSTANCE", required_unless_present_any = ["all", "listen", "json_config"])]
     pub instances: Vec<String>,
+    /// Instead of instances: a relay that no file names.
+    #[command(flatten)]
+    pub standalone: StandaloneArgs,
     /// Every instance of instances.tsv, also those that are added later
     #[arg(long, conflicts_with = "instances")]
     pub all: bool,
@@ -552,6 +568,31 @@ fn endpoint(text: &str) -> Result<SocketAddr, &'static str> {
     text.parse().map_err(
         |_| "expected an address and a port such as 192.0.2.7:40000 or [2001:db8::7]:40000",
     )
+}
+
+/// `edge-config`.
+#[derive(Debug, Args)]
+pub struct EdgeConfigArgs {
+    /// The instance, as named in instances.tsv
+    #[arg(value_name = "INSTANCE")]
+    pub instance: String,
+    /// The proxy
+    #[arg(value_name = "KIND")]
+    pub kind: Kind,
+    /// Where the proxy reaches this host [default: the instance's listen address]
+    #[arg(long, value_name = "ADDR")]
+    pub address: Option<IpAddr>,
+    /// The port on which the proxy serves the public [default: the service's own]
+    #[arg(long, value_name = "PORT")]
+    pub public_port: Option<NonZeroU16>,
+}
+
+/// `link`.
+#[derive(Debug, Args)]
+pub struct LinkArgs {
+    /// Where to make them [default: beside this program]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
 }
 
 /// `doctor`.

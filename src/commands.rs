@@ -7,8 +7,12 @@ mod check;
 mod conns;
 mod demo;
 mod doctor;
+mod edge_config;
 mod explain;
 mod files;
+mod import;
+mod legacy;
+mod link;
 mod output;
 mod pathway;
 mod probe;
@@ -26,6 +30,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 
 use crate::cli::{Cli, Command};
+use crate::compat::OldName;
 use crate::config::Diagnostics;
 use crate::logging;
 
@@ -36,9 +41,17 @@ pub struct UsageError(pub String);
 
 /// Parses the command line, runs the verb, prints an error chain once on stderr.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    logging::init(&cli.global);
-    match dispatch(cli) {
+    let mut words = std::env::args_os();
+    let argv0 = words.next().unwrap_or_default();
+    let outcome = match OldName::of(&argv0) {
+        Some(name) => legacy::run(name, argv0, words),
+        None => {
+            let cli = Cli::parse();
+            logging::init(&cli.global);
+            dispatch(cli)
+        }
+    };
+    match outcome {
         Ok(code) => code,
         Err(error) => {
             let configuration = error.chain().find_map(|cause| cause.downcast_ref());
@@ -79,6 +92,9 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Check(args) => check::run(&global, &args),
         Command::Doctor(args) => doctor::run(&global, args),
         Command::Probe(args) => probe::run(&global, args),
+        Command::EdgeConfig(args) => edge_config::run(&global, &args),
+        Command::Import(args) => import::run(&global, &args),
+        Command::Link(args) => link::run(&args),
         Command::Demo(args) => demo::run(&global, args),
         Command::Completions(args) => {
             // into memory first: the generator panics where stdout is closed or full

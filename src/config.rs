@@ -9,7 +9,9 @@ mod destinations;
 mod diagnostics;
 mod instance_options;
 mod instances;
+mod json_form;
 mod options;
+mod origin;
 mod pathways;
 #[cfg(test)]
 mod properties;
@@ -28,6 +30,9 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 pub use diagnostics::{Diagnostic, Diagnostics, Severity};
+pub use instance_options::{OPTIONS, from_words};
+pub use json_form::{JsonForm, read as read_json};
+pub use origin::{Origin, Relays, Standalone, Trusted, has_ipv6};
 use source::Source;
 
 use crate::model::{AllowList, Answers, Instance, Mark, Pathway, Protocol};
@@ -62,6 +67,11 @@ impl Configuration {
     /// The pathway of a mark.
     pub fn pathway(&self, mark: Mark) -> Option<&Pathway> {
         self.pathways.iter().find(|pathway| pathway.mark == mark)
+    }
+
+    /// The pathway of an instance, where it has a mark.
+    pub fn pathway_of(&self, instance: &Instance) -> Option<&Pathway> {
+        instance.mark.and_then(|mark| self.pathway(mark))
     }
 
     /// The instance of a name.
@@ -329,7 +339,7 @@ fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
     for pathway in pathways {
         let targets = instances
             .iter()
-            .filter(|instance| instance.mark == pathway.mark)
+            .filter(|instance| instance.mark == Some(pathway.mark))
             .flat_map(Instance::targets)
             .map(|target| target.ip())
             .filter(|ip| !ip.is_loopback())
@@ -337,13 +347,13 @@ fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
         pathway.targets.extend(targets);
         let chosen = instances
             .iter()
-            .filter(|instance| instance.mark == pathway.mark)
+            .filter(|instance| instance.mark == Some(pathway.mark))
             .filter_map(|instance| instance.options.destinations.as_ref())
             .flatten()
             .filter(|prefix| !prefix.addr().is_loopback());
         pathway.targets.extend(chosen);
         let udp = instances.iter().filter(|instance| {
-            instance.mark == pathway.mark && instance.options.protocol == Protocol::Udp
+            instance.mark == Some(pathway.mark) && instance.options.protocol == Protocol::Udp
         });
         pathway
             .udp
@@ -360,7 +370,7 @@ fn fill(pathways: &mut [Pathway], instances: &mut [Instance], answers: &Answers)
     for pathway in pathways {
         let named = instances
             .iter()
-            .filter(|instance| instance.mark == pathway.mark)
+            .filter(|instance| instance.mark == Some(pathway.mark))
             .flat_map(|instance| instance.named.wanted());
         for (name, family) in named {
             let addrs = answers.all(&name, family).iter().copied();

@@ -7,6 +7,7 @@
 //! | [`cli`] | what can be typed | what it does |
 //! | [`commands`] | one file per verb: the order of steps, what a person reads | how a step works |
 //! | [`model`] | marks, pathways, instances, addresses as types that cannot be wrong | where they come from |
+//! | [`compat`] | the old programs' command lines: words → what they ask for | files, the kernel |
 //! | [`config`] | text → model, mistakes with file, line, column | the kernel |
 //! | [`socket`] | every socket option there is | connections |
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
@@ -14,6 +15,8 @@
 //! | [`doctor`] | probes → evidence → verdict (pure) → fix | configuration, how a verdict is shown |
 //! | [`resolve`] | the addresses of targets that are names: resolver, container engine | relays, pathways |
 //! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
+//! | [`import`] | the old programs' units and files → the two files' text | where they are read |
+//! | [`edge`] | what belongs into the proxy's own configuration | whether the proxy is there |
 //! | [`control`] | the Unix socket of a running process: framing, limits, who may ask | what a request leads to |
 //! | [`overview`] | what a process says about its instances and connections | how it is shown |
 //! | [`metrics`] | the same for Prometheus, over HTTP | |
@@ -35,10 +38,13 @@
 
 pub mod cli;
 pub mod commands;
+pub mod compat;
 pub mod config;
 pub mod control;
 pub mod demo;
 pub mod doctor;
+pub mod edge;
+pub mod import;
 pub mod logging;
 pub mod metrics;
 pub mod model;

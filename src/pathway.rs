@@ -6,6 +6,7 @@
 //! | [`plan`] | pure: what is wanted, and the ordered difference to what is there |
 //! | [`netlink`] | rules and routes through rtnetlink |
 //! | [`firewall`] | what gives replies their mark: the choice of a back end, and the back ends |
+//! | [`leftovers`] | what the old programs' routing left, found by its shape |
 //! | [`host`] | lock, read, diff, apply, read back, verify, undo |
 //! | [`watch`] | keeping them: told of changes, reading again, repairing, counting |
 //!
@@ -13,6 +14,7 @@
 
 pub mod firewall;
 pub mod host;
+pub mod leftovers;
 pub mod netlink;
 pub mod piece;
 pub mod plan;

@@ -252,8 +252,8 @@ pub struct Spoof {
     pub client: ClientAddr,
     /// Where it goes; of the client's family.
     pub target: TargetAddr,
-    /// The mark of the pathway.
-    pub mark: Mark,
+    /// The mark of the pathway, where there is one.
+    pub mark: Option<Mark>,
     /// Whether the client's port is kept.
     pub port: PortPolicy,
 }
@@ -438,9 +438,9 @@ fn begin_unchecked(spoof: &Spoof, port: SourcePort) -> Result<TcpStream, Begin> 
         }
         Err(error) => return Err(Failure::at("bind to the client's address")(error).into()),
     };
-    if spoofing {
+    if let Some(mark) = spoof.mark.filter(|_| spoofing) {
         socket
-            .set_mark(spoof.mark.get())
+            .set_mark(mark.get())
             .map_err(Failure::at("set SO_MARK"))?;
     }
     socket

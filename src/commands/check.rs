@@ -184,7 +184,9 @@ fn instance_table(instances: &[Instance]) -> String {
         let target = |family| instance.target_of(family).unwrap_or_else(|| "-".to_owned());
         table.add_row([
             instance.name.to_string(),
-            instance.mark.to_string(),
+            instance
+                .mark
+                .map_or_else(|| "-".to_owned(), |mark| mark.to_string()),
             format!("{} {}", instance.options.protocol, instance.listen),
             target(Family::V4),
             target(Family::V6),

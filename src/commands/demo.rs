@@ -225,9 +225,12 @@ impl Lab {
                 let answer = self.ask(address, way.port)?;
                 let well = answer.seen == Some(answer.own);
                 all_well &= well;
+                let mark = instance.mark.map(|mark| format!(" (mark {mark})"));
                 let label = format!(
-                    "{client} -> {} -> {} (mark {})",
-                    way.proxy, way.instance, instance.mark
+                    "{client} -> {} -> {}{}",
+                    way.proxy,
+                    way.instance,
+                    mark.unwrap_or_default()
                 );
                 writeln!(
                     out,

@@ -74,7 +74,10 @@ fn block(one: &Connection) -> String {
     };
     line(
         "instance",
-        &format!("{}, pathway mark {}", one.instance, one.mark),
+        &match one.mark {
+            0 => format!("{}, no mark", one.instance),
+            mark => format!("{}, pathway mark {mark}", one.instance),
+        },
     );
     if let Some(port) = one.port {
         line("port", &port.to_string());

@@ -14,7 +14,7 @@ use super::UsageError;
 use super::output::{print_json, results, table, trimmed};
 use crate::cli::{Global, PathwayAllArgs, PathwayChangeArgs, PathwayCommand};
 use crate::config::{self, PathwayFiles};
-use crate::model::{Mark, Pathway};
+use crate::model::{Instance, Mark, Pathway};
 use crate::pathway::piece::Step;
 use crate::pathway::watch::repairs::{self, Counts, Repairs};
 use crate::pathway::{self, Change, Finding, Goal, Listed, Options, Outcome, Report, State};
@@ -136,11 +136,16 @@ fn chosen(
         // an instance may be called 123; the old scripts took digits for a mark, and so does this
         let mark = match (target.parse::<Mark>(), files.instance(target)) {
             (Ok(mark), _) => mark,
-            (Err(_), Some(instance)) => instance.mark,
-            (Err(error), None) if target.starts_with(|c: char| c.is_ascii_digit()) => {
+            (
+                Err(_),
+                Some(&Instance {
+                    mark: Some(mark), ..
+                }),
+            ) => mark,
+            (Err(error), _) if target.starts_with(|c: char| c.is_ascii_digit()) => {
                 return Err(UsageError(error.to_string()).into());
             }
-            (Err(_), None) => {
+            (Err(_), _) => {
                 let directory = files.directory.display();
                 return Err(UsageError(format!(
                     "'{target}' is no mark, and no instance in {directory}/instances.tsv"

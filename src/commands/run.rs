@@ -17,6 +17,7 @@ mod plan;
 mod process;
 mod relay;
 mod signals;
+mod standalone;
 mod start;
 mod view;
 
@@ -27,10 +28,31 @@ use anyhow::Context;
 use self::handover::Inheritance;
 use self::keeper::{Kept, Side};
 use crate::cli::{Global, RunArgs};
+use crate::config::Origin;
 use crate::systemd;
 
 /// Runs the verb.
 pub(super) fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCode> {
+    let origin = standalone::origin(global, &args)?;
+    run_from(global, args, origin, Patience::Retry)
+}
+
+/// What becomes of a process while one of its relays does not run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// It is tried again and again.
+    Retry,
+    /// The process ends, with exit code 1: whoever runs it starts it again.
+    GiveUp,
+}
+
+/// Runs the relays of any origin.
+pub(super) fn run_from(
+    global: &Global,
+    args: RunArgs,
+    origin: Origin,
+    patience: Patience,
+) -> anyhow::Result<ExitCode> {
     // before anything else: the process may not have threads yet
     let keeper = if args.keep_sessions {
         match keeper::part().context("cannot start the process that relays")? {
@@ -44,7 +66,14 @@ pub(super) fn run(global: &Global, args: RunArgs) -> anyhow::Result<ExitCode> {
     let inheritance = handover::receive_all()?;
     let passed = systemd::passed().context("cannot take the sockets that systemd passed")?;
     let answer = inheritance.as_ref().map(Inheritance::answer).transpose()?;
-    match start::start(global, args, inheritance, passed, keeper) {
+    match start::start(
+        global,
+        args,
+        (origin, patience),
+        inheritance,
+        passed,
+        keeper,
+    ) {
         Ok(Some(process)) => process.run(answer),
         Ok(None) => Ok(ExitCode::SUCCESS),
         Err(error) => {

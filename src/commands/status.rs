@@ -88,9 +88,10 @@ pub(super) fn errors(totals: &Totals) -> u64 {
 /// `123 (vps01)`.
 pub(super) fn pathway_name(instance: &InstanceReport) -> String {
     let pathway = &instance.pathway;
-    match &pathway.name {
-        Some(name) => format!("{} ({name})", pathway.mark),
-        None => pathway.mark.to_string(),
+    match (&pathway.name, pathway.mark) {
+        (Some(name), mark) => format!("{mark} ({name})"),
+        (None, 0) => "-".to_owned(),
+        (None, mark) => mark.to_string(),
     }
 }
 
@@ -149,7 +150,7 @@ fn note(one: &InstanceReport) -> Option<String> {
         let _ = writeln!(text, "{name}: {failure}");
     }
     match one.pathway.state {
-        PathwayState::InPlace => {}
+        PathwayState::InPlace | PathwayState::Unmarked => {}
         PathwayState::Incomplete => {
             let mark = one.pathway.mark;
             let _ = writeln!(

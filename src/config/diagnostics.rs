@@ -235,6 +235,13 @@ pub struct Diagnostics {
 }
 
 impl Diagnostics {
+    /// Adds those of another list.
+    pub(super) fn extend(&mut self, others: Self) {
+        for diagnostic in others.iter() {
+            self.push(diagnostic.clone());
+        }
+    }
+
     pub(super) fn push(&mut self, diagnostic: Diagnostic) {
         let count = match diagnostic.severity {
             Severity::Error => &mut self.errors,

@@ -1,7 +1,7 @@
 //! The options column of instances.tsv.
 
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::destinations;
@@ -12,7 +12,8 @@ use crate::model::{
     InstanceOptions, Listen, PortPolicy, Protocol, UdpHeader, ValueError, parse_duration,
 };
 
-const OPTIONS: [&str; 16] = [
+/// Every option there is, by its key.
+pub const OPTIONS: [&str; 16] = [
     "protocol",
     "udp-header",
     "idle-timeout",
@@ -51,6 +52,37 @@ pub(super) fn parse<'s>(
     let options = read(source, &given, found);
     let allow = options.allow.clone().zip(given.word("allow"));
     (options, allow)
+}
+
+/// Options that come as keys with values rather than as a column, from a command line.
+///
+/// # Errors
+/// Every mistake in them, shown as the column that they would be.
+pub fn from_words(words: &[(&str, &str)]) -> Result<(InstanceOptions, Diagnostics), Diagnostics> {
+    let mut found = Diagnostics::default();
+    let joined: Vec<String> = words
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
+    let source = Source::new(Path::new("command line"), joined.join(",").as_bytes());
+    let cell = source.word(0..source.text().len());
+    // a comma or a line's end in a value is no separator here
+    if let Some((key, value)) = words.iter().find(|(_, value)| {
+        value.contains(|c: char| c == ',' || c.is_whitespace() || c.is_control())
+    }) {
+        found.push(Diagnostic::error(
+            source.path(),
+            format!("--{key} '{}' is no value", value.escape_debug()),
+            "a single word",
+        ));
+        return Err(found);
+    }
+    let cell = (!cell.text.is_empty()).then_some(cell);
+    let (options, _) = parse(&source, cell, &mut found);
+    match found.errors() {
+        0 => Ok((options, found)),
+        _ => Err(found.sorted()),
+    }
 }
 
 fn read(source: &Source, given: &Options<'_>, found: &mut Diagnostics) -> InstanceOptions {

@@ -271,7 +271,7 @@ impl<'s> Cells<'s> {
             }
             Some(Instance {
                 name: name.clone()?.0,
-                mark: mark?.0,
+                mark: Some(mark?.0),
                 listen: listen.clone()?.0,
                 target4: match target4.0 {
                     Target::Served(addr) => Some(SocketAddrV4::new(addr, port)),

@@ -131,6 +131,8 @@ pub struct Missing {
     pub unrouted: bool,
     /// Whether nothing is missing, but the table is another program's.
     pub taken: bool,
+    /// Whether it is a switch of the kernel, which is only set when somebody says so.
+    pub sysctl: bool,
 }
 
 /// An instance.

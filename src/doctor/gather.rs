@@ -124,7 +124,7 @@ fn instance(asked: &Asked) -> Instance {
     let options = &asked.instance.options;
     Instance {
         name: asked.instance.name.to_string(),
-        mark: asked.instance.mark.get(),
+        mark: asked.pathway.mark.get(),
         protocol: options.protocol.to_string(),
         listen: asked.instance.listen.ports().map(|range| range.first()),
         listen_here: true,

@@ -100,7 +100,7 @@ pub fn spoofed(protocol: Protocol, target: TargetAddr, mark: Mark, client: IpAdd
     let spoof = Spoof {
         client: ClientAddr::new(SocketAddr::new(client, 0)),
         target,
-        mark,
+        mark: Some(mark),
         port: PortPolicy::Any,
     };
     let outcome = match protocol {

@@ -234,7 +234,12 @@ fn of_pathways(writer: &mut Writer<'_, '_>) -> fmt::Result {
         .instances
         .iter()
         .map(|one| &one.pathway)
-        .filter(|pathway| pathway.state != PathwayState::Unknown)
+        .filter(|pathway| {
+            !matches!(
+                pathway.state,
+                PathwayState::Unknown | PathwayState::Unmarked
+            )
+        })
         .collect();
     pathways.sort_unstable_by_key(|pathway| pathway.mark);
     pathways.dedup_by_key(|pathway| pathway.mark);

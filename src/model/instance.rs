@@ -341,8 +341,9 @@ pub enum TargetPorts {
 pub struct Instance {
     /// Its name.
     pub name: InstanceName,
-    /// The mark of its pathway.
-    pub mark: Mark,
+    /// The mark of its pathway. Always there in instances.tsv; a relay without files may do without, where
+    /// routing of the host's own leads every reply from loopback back.
+    pub mark: Option<Mark>,
     /// Where it accepts.
     pub listen: Listen,
     /// The target of IPv4 clients; of a range of ports the first.

@@ -19,7 +19,7 @@ const FRESH: Duration = Duration::from_secs(5);
 /// A pathway of an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PathwayReport {
-    /// Its mark.
+    /// Its mark; 0 where the instance has none.
     pub mark: u32,
     /// What people call it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -44,6 +44,8 @@ pub enum PathwayState {
     Incomplete,
     /// It could not be looked at.
     Unknown,
+    /// The instance marks nothing: the host's own routing has to lead replies back.
+    Unmarked,
 }
 
 impl PathwayState {
@@ -53,6 +55,7 @@ impl PathwayState {
             Self::InPlace => "in place",
             Self::Incomplete => "incomplete",
             Self::Unknown => "unknown",
+            Self::Unmarked => "no mark",
         }
     }
 }
@@ -68,7 +71,16 @@ pub(super) struct Seen {
 
 impl Seen {
     /// About one pathway that was looked at.
-    pub(super) fn of(&self, mark: Mark, pathway: Option<&Pathway>) -> PathwayReport {
+    pub(super) fn of(&self, mark: Option<Mark>, pathway: Option<&Pathway>) -> PathwayReport {
+        let Some(mark) = mark else {
+            return PathwayReport {
+                mark: 0,
+                name: None,
+                state: PathwayState::Unmarked,
+                findings: Vec::new(),
+                repairs: None,
+            };
+        };
         let (state, findings) = match (&self.found, pathway) {
             (Err(why), _) => (PathwayState::Unknown, vec![why.clone()]),
             (Ok(_), None) => (PathwayState::Unknown, Vec::new()),

@@ -289,6 +289,15 @@ impl Means {
             runtime_dir: Some(options.runtime_dir.clone()),
         }
     }
+
+    /// Nothing but a firewall: no sysctl is looked at.
+    pub(super) fn only(firewall: Firewall) -> Self {
+        Self {
+            firewall,
+            set_sysctls: false,
+            runtime_dir: None,
+        }
+    }
 }
 
 /// The ways into the kernel.

@@ -21,7 +21,7 @@ use nix::time::{ClockId, clock_gettime};
 use super::header::{Endpoints, Header, Tlvs, Version};
 use super::settings::Settings;
 use super::view::{Connection, Ended, Filter, Reason, Stage};
-use crate::model::{ClientAddr, InstanceName, ProxyAddr, TargetAddr};
+use crate::model::{ClientAddr, InstanceName, Mark, ProxyAddr, TargetAddr};
 
 /// How many connections that ended a thread remembers: under a megabyte, and minutes of a busy relay.
 const REMEMBERED: usize = 4096;
@@ -233,7 +233,7 @@ impl Entry {
         Connection {
             id,
             instance: settings.name.to_string(),
-            mark: settings.mark.get(),
+            mark: settings.mark.map_or(0, Mark::get),
             stage: self.stage.get(),
             client: client.map(ClientAddr::get),
             proxy: self.proxy(),

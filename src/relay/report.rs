@@ -319,7 +319,7 @@ pub(super) fn no_header_in_datagram(bytes: &[u8]) -> String {
 }
 
 /// A flow that ended idle and that the service never answered.
-pub(super) fn unanswered(target: TargetAddr, mark: Mark) -> String {
+pub(super) fn unanswered(target: TargetAddr, mark: Option<Mark>) -> String {
     let wildcard = match udp_bound(target) {
         Ok(Bound::Wildcard) => {
             "; it is bound to the wildcard address and may answer from another one: bind it to the target"
@@ -476,8 +476,15 @@ impl ConnectError {
     }
 }
 
-fn pathway_hint(mark: Mark) -> String {
-    format!("is the pathway of mark {mark} not installed? run mmproxyctl pathway check {mark}")
+fn pathway_hint(mark: Option<Mark>) -> String {
+    match mark {
+        Some(mark) => format!(
+            "is the pathway of mark {mark} not installed? run mmproxyctl pathway check {mark}"
+        ),
+        None => "does no routing rule lead replies from the target back to this host? a mark and \
+                 mmproxyctl pathway add MARK do"
+            .to_owned(),
+    }
 }
 
 fn kind_of(error: &io::Error) -> ConnectFailure {

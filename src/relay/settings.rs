@@ -18,8 +18,8 @@ use crate::model::{
 pub struct Settings {
     /// The instance's name, in every log line.
     pub name: InstanceName,
-    /// The mark of its pathway, on every spoofed connection.
-    pub mark: Mark,
+    /// The mark of its pathway, on every spoofed connection; `None` leaves them unmarked.
+    pub mark: Option<Mark>,
     /// Where IPv4 clients go; `None` refuses them.
     pub target4: Option<TargetAddr>,
     /// Where IPv6 clients go; `None` refuses them.

@@ -86,7 +86,7 @@ pub struct Connection {
     pub id: u64,
     /// The instance's name.
     pub instance: String,
-    /// The pathway's mark.
+    /// The pathway's mark; 0 where there is none.
     pub mark: u32,
     /// How far it is.
     pub stage: Stage,

@@ -270,10 +270,8 @@ fn begin(spoof: &Spoof, port: u16) -> Result<UdpSocket, SpoofError> {
         }
         Err(error) => return Err(failed(BIND)(error)),
     };
-    if spoofing {
-        socket
-            .set_mark(spoof.mark.get())
-            .map_err(failed("set SO_MARK"))?;
+    if let Some(mark) = spoof.mark.filter(|_| spoofing) {
+        socket.set_mark(mark.get()).map_err(failed("set SO_MARK"))?;
     }
     socket
         .connect(&SockAddr::from(spoof.target.get()))

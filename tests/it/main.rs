@@ -5,10 +5,13 @@
 //! program fails and says what to install.
 
 mod chain;
+mod compat;
 mod config;
 mod demo;
 mod doctor;
+mod edge;
 mod header;
+mod import;
 mod listen;
 mod manual;
 mod pathway;

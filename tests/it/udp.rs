@@ -2,7 +2,7 @@
 
 mod cells;
 mod decoders;
-mod dns;
+pub(crate) mod dns;
 mod every;
 mod first;
 pub(crate) mod lab;

@@ -13,6 +13,7 @@ use crate::doctor::evidence::{Relay, RelayError};
 use crate::doctor::{Asked, Asker, host};
 use crate::model::Instance;
 use crate::overview::{Explanation, InstanceReport, Process};
+use crate::pathway::Firewall;
 use crate::relay::report::LastError;
 use crate::relay::view::{Connection, Filter, Stage};
 use crate::runtime_dir::RuntimeDir;
@@ -31,6 +32,9 @@ pub(in crate::commands) fn asker(global: &Global) -> Asker {
     }
     if let Some(directory) = &global.runtime_dir {
         command.push_str(&format!(" --runtime-dir {}", directory.display()));
+    }
+    if global.firewall != Firewall::default() && std::env::var_os("MMPROXY_FIREWALL").is_none() {
+        command.push_str(&format!(" --firewall {}", global.firewall.name()));
     }
     Asker {
         command,
@@ -51,7 +55,7 @@ pub(in crate::commands) fn asked(
     };
     Some(Asked {
         instance: instance.clone(),
-        pathway: configuration.pathway(instance.mark)?.clone(),
+        pathway: configuration.pathway_of(instance)?.clone(),
         configured: true,
         allow: configuration.allow_list(instance).prefixes().to_vec(),
         allow_file: allow_file.display().to_string(),

@@ -2,7 +2,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -13,7 +12,7 @@ use tracing::{info, warn};
 use super::pathways::Keeping;
 use super::plan::{Difference, Spec, Specs};
 use super::relay::{Relay, World};
-use crate::config::{self, Configuration, Diagnostics};
+use crate::config::{Configuration, Diagnostics, Origin};
 use crate::model::{Endpoint, Mark, Pathway, Protocol};
 use crate::pathway;
 use crate::resolve::Resolver;
@@ -30,6 +29,8 @@ const LOCK_LIMIT: Duration = Duration::from_secs(30);
 pub(super) enum Selection {
     /// Those of instances.tsv, whatever they are.
     All,
+    /// Those of flags or a JSON file, whatever they are.
+    Standalone,
     /// These, as far as they are in instances.tsv.
     Named(Vec<String>),
 }
@@ -68,7 +69,7 @@ pub(super) struct Fleet {
     pub(super) selection: Selection,
     pub(super) world: Rc<World>,
     pub(super) supervisor: RefCell<Supervisor<Relay>>,
-    directory: PathBuf,
+    origin: Origin,
     /// What the counts of repairs are published under, where this process manages its pathways.
     manage_pathways: Option<String>,
     keeping: RefCell<Option<Keeping>>,
@@ -88,7 +89,7 @@ impl Fleet {
     pub(super) fn new(
         selection: Selection,
         world: Rc<World>,
-        directory: PathBuf,
+        origin: Origin,
         manage_pathways: Option<String>,
     ) -> Self {
         let written = Rc::clone(&world.configuration.borrow());
@@ -98,7 +99,7 @@ impl Fleet {
             selection,
             world,
             supervisor: RefCell::default(),
-            directory,
+            origin,
             manage_pathways,
             written: RefCell::new(written),
             resolver: Rc::default(),
@@ -166,7 +167,7 @@ impl Fleet {
         if self.ready.get() {
             systemd::reloading();
         }
-        let outcome = match config::load(&self.directory) {
+        let outcome = match self.origin.load() {
             Ok(written) => self.apply(Rc::new(written)).await,
             Err(mistakes) => Err(mistakes.into()),
         };
@@ -406,7 +407,7 @@ impl Fleet {
                     .runtime_dir
                     .try_lock(&super::relay::lock_name(name))
             };
-            instance.mark == mark
+            instance.mark == Some(mark)
                 && self.supervisor.borrow().task(name).is_none()
                 && matches!(held(), Ok(Attempt::HeldBy(pid)) if pid != Some(std::process::id()))
         })
@@ -518,7 +519,7 @@ fn specs(selection: &Selection, configuration: &Configuration) -> Specs {
         .instances
         .iter()
         .filter(|instance| match selection {
-            Selection::All => true,
+            Selection::All | Selection::Standalone => true,
             Selection::Named(names) => names.iter().any(|name| name == instance.name.as_str()),
         })
         .map(|instance| {
@@ -533,7 +534,10 @@ fn specs(selection: &Selection, configuration: &Configuration) -> Specs {
 
 /// The pathways that instances use, in the order of the file.
 fn used(configuration: &Configuration, specs: &Specs) -> Vec<Pathway> {
-    let marks: BTreeSet<Mark> = specs.values().map(|spec| spec.instance.mark).collect();
+    let marks: BTreeSet<Mark> = specs
+        .values()
+        .filter_map(|spec| spec.instance.mark)
+        .collect();
     let pathways = configuration.pathways.iter();
     pathways
         .filter(|pathway| marks.contains(&pathway.mark))

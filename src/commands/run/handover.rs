@@ -129,7 +129,12 @@ fn send_all(socket: &OwnedFd, estate: Estate) -> anyhow::Result<()> {
 fn spawn_detached(program: &PathBuf, socket: OwnedFd) -> io::Result<()> {
     let number = socket.as_raw_fd();
     let mut command = Command::new(program);
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let mut arguments = std::env::args_os();
+    if let Some(name) = arguments.next() {
+        // called as go-mmproxy, the successor has to know other flags
+        command.arg0(name);
+    }
+    let arguments: Vec<OsString> = arguments.collect();
     command
         .args(arguments)
         .env(VARIABLE, number.to_string())

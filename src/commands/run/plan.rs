@@ -71,7 +71,7 @@ mod tests {
     fn spec(name: &str, port: u16) -> (String, Spec) {
         let instance = Instance {
             name: name.parse().unwrap(),
-            mark: "123".parse().unwrap(),
+            mark: Some("123".parse().unwrap()),
             listen: ListenAddr::new(([127, 0, 0, 1], port).into()).into(),
             target4: Some("127.0.0.1:22".parse().unwrap()),
             target6: None,

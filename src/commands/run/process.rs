@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{debug, error, info};
 
+use super::Patience;
 use super::diagnosis;
 use super::ending::Ending;
 use super::fleet::Fleet;
@@ -38,6 +39,7 @@ pub(super) struct Process {
     pub(super) asker: Asker,
     pub(super) fleet: Rc<Fleet>,
     pub(super) args: RunArgs,
+    pub(super) patience: Patience,
     pub(super) program: PathBuf,
     /// Of its lock and its control socket.
     pub(super) name: String,
@@ -101,7 +103,11 @@ impl Process {
         let failing = self.fleet.failing();
         let all = self.fleet.statuses().len();
         let lost = failing.keys().any(|name| self.inherited.contains(name));
-        if lost || (all > 0 && failing.len() == all) {
+        let hopeless = match self.patience {
+            Patience::Retry => failing.len() == all,
+            Patience::GiveUp => !failing.is_empty(),
+        };
+        if lost || (all > 0 && hopeless) {
             let reasons: Vec<_> = failing
                 .iter()
                 .map(|(name, reason)| format!("instance {name}: {reason}"))
@@ -239,7 +245,14 @@ impl Process {
                 }
             };
             match event {
-                Event::Changed => fleet.report(),
+                Event::Changed => {
+                    fleet.report();
+                    if self.patience == Patience::GiveUp
+                        && let Some((name, reason)) = fleet.failing().first_key_value()
+                    {
+                        bail!("{name}: {reason}");
+                    }
+                }
                 Event::Signal(name) => return Ok(Stop::Signal(name)),
                 Event::Stop(stop) => return Ok(stop),
                 Event::Tick => {

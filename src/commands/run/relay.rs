@@ -90,7 +90,9 @@ impl World {
     }
 
     /// Refuses where a reply would never find its way back: such a relay only times out.
-    pub(super) async fn in_place(&self, mark: Mark) -> anyhow::Result<()> {
+    pub(super) async fn in_place(&self, mark: Option<Mark>) -> anyhow::Result<()> {
+        // without a mark the way back is the host's own affair
+        let Some(mark) = mark else { return Ok(()) };
         let configuration = Rc::clone(&self.configuration.borrow());
         // those that start at the same time wait here for the first one's look
         let mut look = self.look.lock().await;
@@ -225,7 +227,7 @@ impl Relay {
         systemd::store(name, &sockets);
         let server = Server::start(&world.workers, sockets, &instance, allow)?;
         info!(
-            instance = %instance.name, listen = %instance.listen, mark = %instance.mark,
+            instance = %instance.name, listen = %instance.listen, mark = instance.mark.map(tracing::field::display),
             target4 = instance.target4.map(tracing::field::display),
             target6 = instance.target6.map(tracing::field::display),
             workers = world.workers.count(), listeners, "relaying"

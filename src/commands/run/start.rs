@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing::{debug, warn};
 
+use super::Patience;
 use super::fleet::{Fleet, Selection};
 use super::handover::Inheritance;
 use super::keeper::Kept;
@@ -20,7 +21,7 @@ use crate::cli::{Global, RunArgs};
 use crate::commands::doctor::patients;
 use crate::commands::output::results;
 use crate::commands::{UsageError, drawn};
-use crate::config::{self, Configuration};
+use crate::config::{Configuration, Origin};
 use crate::relay::workers::Workers;
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
 use crate::socket;
@@ -34,17 +35,21 @@ const ALL: &str = "all.process";
 pub(super) fn start(
     global: &Global,
     args: RunArgs,
+    (origin, patience): (Origin, Patience),
     inheritance: Option<Inheritance>,
     passed: Vec<systemd::Passed>,
     keeper: Kept,
 ) -> anyhow::Result<Option<Process>> {
     // the file may be replaced while we run, and /proc/self/exe then names one that is gone
     let program = std::env::current_exe().context("cannot find this program's file")?;
-    let configuration = config::load(&global.config_dir)?;
+    let configuration = origin.load()?;
     if !configuration.warnings.is_empty() && !global.quiet {
         eprintln!("{}\n", drawn(&configuration.warnings));
     }
-    let selection = select(&configuration, &args)?;
+    let selection = match &origin {
+        Origin::Files(_) => select(&configuration, &args)?,
+        Origin::Standalone(_) => Selection::Standalone,
+    };
     let runtime_dir = RuntimeDir::resolve(global.runtime_dir.clone());
     let (listeners, mut locks, control) = match inheritance {
         Some(all) => (all.listeners, all.locks, all.control),
@@ -53,6 +58,12 @@ pub(super) fn start(
     let name = match &selection {
         Selection::All => ALL.to_owned(),
         Selection::Named(names) => lock_name(names.first().map_or("", String::as_str)),
+        Selection::Standalone => lock_name(
+            configuration
+                .instances
+                .first()
+                .map_or("", |instance| instance.name.as_str()),
+        ),
     };
     // the first of several names the process: two processes cannot both run it
     let lock = match locks.remove(&name) {
@@ -61,12 +72,15 @@ pub(super) fn start(
             Attempt::Held(lock) => lock,
             Attempt::HeldBy(pid) => {
                 let pid = pid.map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
-                let shown = name
-                    .split_once('.')
-                    .map_or("all instances", |_| match &selection {
-                        Selection::All => "all instances",
-                        Selection::Named(names) => &names[0],
-                    });
+                let shown = match &selection {
+                    Selection::All => "all instances",
+                    Selection::Named(names) => &names[0],
+                    // it has the address, and perhaps other targets
+                    Selection::Standalone => bail!(
+                        "{} is served already, by pid {pid}",
+                        name.trim_end_matches(&lock_name(""))
+                    ),
+                };
                 writeln!(results(), "{shown}: already running, pid {pid}")?;
                 return Ok(None);
             }
@@ -115,10 +129,11 @@ pub(super) fn start(
         fleet: Rc::new(Fleet::new(
             selection,
             Rc::new(world),
-            global.config_dir.clone(),
+            origin,
             args.manage_pathways.then(|| name.clone()),
         )),
         args,
+        patience,
         program,
         name,
         lock: held,

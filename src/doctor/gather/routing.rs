@@ -101,6 +101,7 @@ fn missing(finding: &pathway::Finding) -> Missing {
         text: finding.to_string(),
         unrouted,
         taken: matches!(finding.problem, Problem::TableTaken(_)),
+        sysctl: matches!(finding.problem, Problem::Missing(Step::TakeSwitch(_))),
     }
 }
 

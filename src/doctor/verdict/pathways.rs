@@ -175,6 +175,15 @@ fn missing_piece(evidence: &Evidence, pathway: &Pathway, piece: &Missing) -> Dia
         }
     }
     seen.dedup();
+    let fix = if piece.sysctl {
+        let mark = pathway.mark;
+        Fix::run([command(
+            evidence,
+            &format!("pathway add {mark} --set-sysctls"),
+        )])
+    } else {
+        add(evidence, pathway)
+    };
     Diagnosis {
         fault: if piece.unrouted {
             Fault::NoDefaultRoute
@@ -193,7 +202,7 @@ fn missing_piece(evidence: &Evidence, pathway: &Pathway, piece: &Missing) -> Dia
             format!("pathway {}: {}", pathway.mark, piece.text)
         },
         evidence: seen,
-        fix: add(evidence, pathway),
+        fix,
     }
 }
 

@@ -35,6 +35,7 @@ fn missing(family: Option<crate::model::Family>) -> Missing {
         text: "IPv4 rule missing: …".to_owned(),
         unrouted: false,
         taken: false,
+        sysctl: false,
     }
 }
 

@@ -40,15 +40,25 @@ impl Row {
     }
 }
 
-/// Without what differs from run to run.
+/// Without what differs from run to run, and from machine to machine.
 fn usual(text: &str, config: &Path) -> String {
     let text = text.replace(&config.display().to_string(), "/etc/mmproxy");
+    let text = with_number(&text, "pid ", "4711");
+    let text = with_number(&text, "--nofile=", "1048576");
+    with_number(&text, "--nofile=1048576:", "1048576")
+}
+
+/// Puts another number behind a word, wherever it stands.
+fn with_number(text: &str, word: &str, number: &str) -> String {
     let mut out = String::new();
-    let mut rest = text.as_str();
-    while let Some((before, after)) = rest.split_once("pid ") {
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once(word) {
+        let tail = after.trim_start_matches(|c: char| c.is_ascii_digit());
         out.push_str(before);
-        out.push_str("pid 4711");
-        rest = after.trim_start_matches(|c: char| c.is_ascii_digit());
+        out.push_str(word);
+        // a word without a number is another one
+        out.push_str(if tail.len() < after.len() { number } else { "" });
+        rest = tail;
     }
     out + rest
 }

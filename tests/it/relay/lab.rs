@@ -194,7 +194,7 @@ pub(crate) fn settings(targets: &[SocketAddr]) -> Settings {
     };
     Settings {
         name: "test".parse().expect("a name"),
-        mark: Mark::new(MARK).expect("a mark"),
+        mark: Mark::new(MARK),
         first_port: None,
         destinations: None,
         named: NamedTargets::default(),

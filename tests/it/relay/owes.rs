@@ -150,7 +150,7 @@ fn a_replaced_source_address_is_noticed() {
             socket::spoofed_tcp(&Spoof {
                 client: ClientAddr::new(client.parse().unwrap()),
                 target: TargetAddr::new(service.addr),
-                mark: Mark::new(MARK).unwrap(),
+                mark: Mark::new(MARK),
                 port: PortPolicy::Keep,
             })
         });
@@ -191,7 +191,7 @@ fn the_same_client_over_two_pathways_keeps_its_address() {
     let second = Relay::start(
         &lab.wks,
         Settings {
-            mark: Mark::new(124).unwrap(),
+            mark: Mark::new(124),
             ..settings(&[service.addr])
         },
     );

@@ -10,7 +10,7 @@ use crate::support::net::{Host, Running, wait_for};
 const ANSWER: &str = "192.0.2.53";
 
 /// unbound on these addresses of a host, with every query in its log.
-fn unbound(host: &Host, addresses: &[&str]) -> Running {
+pub(crate) fn unbound(host: &Host, addresses: &[&str]) -> Running {
     let interfaces: String = addresses
         .iter()
         .map(|address| format!("    interface: {address}\n"))

@@ -194,7 +194,7 @@ fn the_same_client_on_two_pathways() {
     let service = Service::echo(&lab.wks, "127.0.0.1:0");
     let first = Relay::start(&lab.wks, settings(Every, &[service.addr]));
     let mut second = settings(Every, &[service.addr]);
-    second.common.mark = Mark::new(124).unwrap();
+    second.common.mark = Mark::new(124);
     let second = Relay::start(&lab.wks, second);
     let one = Proxy::new(&lab.vps, first.addr);
     let other = Proxy::new(&lab.vps, second.addr);

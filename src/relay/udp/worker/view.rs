@@ -5,7 +5,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 
 use super::Worker;
-use crate::model::TargetAddr;
+use crate::model::{Mark, TargetAddr};
 use crate::relay::udp::counters::Ended;
 use crate::relay::udp::flow::Flow;
 use crate::relay::udp::table::Id;
@@ -86,7 +86,7 @@ impl Worker {
         Connection {
             id: flow.id,
             instance: self.settings.name.to_string(),
-            mark: self.settings.mark.get(),
+            mark: self.settings.mark.map_or(0, Mark::get),
             // a flow without payload has no socket yet
             stage: match local {
                 Some(_) => Stage::Relaying,
