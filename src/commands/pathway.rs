@@ -19,6 +19,7 @@ use crate::model::{Instance, Mark, Pathway};
 use crate::pathway::piece::Step;
 use crate::pathway::watch::repairs;
 use crate::pathway::{self, Change, Finding, Goal, Options, Outcome, Report};
+use crate::resolve;
 use crate::runtime_dir::RuntimeDir;
 
 /// How long another run may hold the lock. One run takes well under a second, and may wait five for
@@ -35,9 +36,10 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
+    let files = runtime.block_on(with_addresses(files, global.quiet));
     let change = |goal, targets: Option<Vec<String>>, how: PathwayAllArgs| {
         let pathways = match targets {
-            Some(targets) => resolve(global, &files, &targets)?,
+            Some(targets) => chosen(global, &files, &targets)?,
             None => configured(&files)?,
         };
         let options = Options {
@@ -81,7 +83,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
         PathwayCommand::Check(args) => {
             let pathways = match args.targets.as_slice() {
                 [] => configured(&files)?,
-                targets => resolve(global, &files, targets)?,
+                targets => chosen(global, &files, targets)?,
             };
             let findings = runtime
                 .block_on(pathway::check(&pathways, global.firewall))
@@ -89,6 +91,25 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
             show_check(&pathways, &findings, args.json)
         }
     }
+}
+
+/// Puts the addresses of targets that are names into the pathways. A name without one is said, and no failure:
+/// a container that is not up yet must not keep the other services' roads away.
+async fn with_addresses(files: PathwayFiles, quiet: bool) -> PathwayFiles {
+    let named = files.instances.iter();
+    let wanted: BTreeSet<_> = named.flat_map(|instance| instance.named.wanted()).collect();
+    if wanted.is_empty() {
+        return files;
+    }
+    let (answers, failing) = resolve::once(wanted).await;
+    for ((name, family), why) in failing {
+        if !quiet {
+            eprintln!(
+                "warning: the target {name} has no {family} address, and no pathway leads to it: {why}"
+            );
+        }
+    }
+    files.with_answers(&answers)
 }
 
 /// The typed targets, or `None` for `--all`.
@@ -106,7 +127,7 @@ fn configured(files: &PathwayFiles) -> anyhow::Result<Vec<Pathway>> {
 }
 
 /// The pathways of marks and names of instances, each once.
-fn resolve(
+fn chosen(
     global: &Global,
     files: &PathwayFiles,
     targets: &[String],
