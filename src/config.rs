@@ -5,6 +5,7 @@
 
 mod allow;
 mod columns;
+mod destinations;
 mod diagnostics;
 mod instance_options;
 mod instances;
@@ -34,7 +35,7 @@ pub use json_form::{JsonForm, read as read_json};
 pub use origin::{Origin, Relays, Standalone, Trusted, has_ipv6};
 use source::Source;
 
-use crate::model::{AllowList, Instance, Mark, Pathway, Protocol};
+use crate::model::{AllowList, Answers, Instance, Mark, Pathway, Protocol};
 
 const PATHWAYS: &str = "pathways.conf";
 const INSTANCES: &str = "instances.tsv";
@@ -80,6 +81,14 @@ impl Configuration {
             .find(|instance| instance.name.as_str() == name)
     }
 
+    /// The same with the addresses that names of targets have now, which the pathways of these targets serve
+    /// too, and those that they had before.
+    pub fn with_answers(&self, answers: &Answers) -> Self {
+        let mut resolved = self.clone();
+        fill(&mut resolved.pathways, &mut resolved.instances, answers);
+        resolved
+    }
+
     /// The proxies that may connect to an instance of this configuration: those of its `allow=`, else the default list.
     pub fn allow_list(&self, instance: &Instance) -> Arc<AllowList> {
         let own = instance
@@ -105,6 +114,13 @@ pub struct PathwayFiles {
 }
 
 impl PathwayFiles {
+    /// As [`Configuration::with_answers`].
+    pub fn with_answers(&self, answers: &Answers) -> Self {
+        let mut resolved = self.clone();
+        fill(&mut resolved.pathways, &mut resolved.instances, answers);
+        resolved
+    }
+
     /// The pathway of a mark that is in pathways.conf.
     pub fn pathway(&self, mark: Mark) -> Option<&Pathway> {
         self.pathways.iter().find(|pathway| pathway.mark == mark)
@@ -329,12 +345,38 @@ fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
             .filter(|ip| !ip.is_loopback())
             .map(IpNet::from);
         pathway.targets.extend(targets);
+        let chosen = instances
+            .iter()
+            .filter(|instance| instance.mark == Some(pathway.mark))
+            .filter_map(|instance| instance.options.destinations.as_ref())
+            .flatten()
+            .filter(|prefix| !prefix.addr().is_loopback());
+        pathway.targets.extend(chosen);
         let udp = instances.iter().filter(|instance| {
             instance.mark == Some(pathway.mark) && instance.options.protocol == Protocol::Udp
         });
         pathway
             .udp
             .extend(udp.map(|instance| instance.name.clone()));
+    }
+}
+
+/// Puts addresses in the place of names.
+fn fill(pathways: &mut [Pathway], instances: &mut [Instance], answers: &Answers) {
+    for instance in instances.iter_mut() {
+        *instance = instance.with_answers(answers);
+    }
+    merge_targets(pathways, instances);
+    for pathway in pathways {
+        let named = instances
+            .iter()
+            .filter(|instance| instance.mark == Some(pathway.mark))
+            .flat_map(|instance| instance.named.wanted());
+        for (name, family) in named {
+            let addrs = answers.all(&name, family).iter().copied();
+            let outside = addrs.filter(|ip| !ip.is_loopback());
+            pathway.targets.extend(outside.map(IpNet::from));
+        }
     }
 }
 

@@ -70,7 +70,12 @@ impl Edge {
         address: Option<std::net::IpAddr>,
         public_port: Option<u16>,
     ) -> Result<Self, EdgeError> {
-        let listen = instance.listen.get();
+        let Some(listen) = instance.listen.ports().map(|range| range.first()) else {
+            return Err(EdgeError(format!(
+                "{} listens on a Unix socket, {}: point a proxy on this host at it (docs/places.md)",
+                instance.name, instance.listen
+            )));
+        };
         let ip = match address {
             Some(ip) => ip,
             None if listen.ip().is_unspecified() => {

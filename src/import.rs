@@ -233,18 +233,21 @@ fn target(place: &Place, loopback: &str) -> Result<std::net::SocketAddr, String>
 
 /// The routes of a JSON file.
 pub fn json(path: &Path, text: &str, form: &JsonForm) -> Found {
-    let entries = form
+    // the JSON form has addresses only
+    let listens = form
         .instances
         .iter()
         .zip(&form.lines)
-        .map(|(instance, line)| Entry {
+        .filter_map(|(instance, line)| Some((instance, line, instance.listen.ports()?.first())));
+    let entries = listens
+        .map(|(instance, line, listen)| Entry {
             source: path.display().to_string(),
             line: Some(*line),
             text: text.lines().nth(line - 1).unwrap_or("").trim().to_owned(),
             meaning: Meaning::Relays(vec![Draft {
                 name: instance.name.to_string(),
                 mark: instance.mark,
-                listen: instance.listen.get(),
+                listen,
                 target4: instance.target4,
                 target6: instance.target6,
                 options: InstanceOptions {

@@ -13,6 +13,7 @@
 //! | [`pathway`] | rules, routes and CONNMARK: plan, diff, apply, verify | the relay |
 //! | [`relay`] | header → spoofed connection → copy both ways | configuration, routing |
 //! | [`doctor`] | probes → evidence → verdict (pure) → fix | configuration, how a verdict is shown |
+//! | [`resolve`] | the addresses of targets that are names: resolver, container engine | relays, pathways |
 //! | [`demo`] | a deployment in miniature, for `mmproxyctl demo` | pathways, relays |
 //! | [`import`] | the old programs' units and files → the two files' text | where they are read |
 //! | [`edge`] | what belongs into the proxy's own configuration | whether the proxy is there |
@@ -50,6 +51,7 @@ pub mod model;
 pub mod overview;
 pub mod pathway;
 pub mod relay;
+pub mod resolve;
 pub mod runtime_dir;
 pub mod socket;
 pub mod supervisor;

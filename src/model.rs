@@ -3,17 +3,25 @@
 //! Owns: marks, tables, names, pathways, instances and the allow list as values, with the one text
 //! form of each. Must not know: where a value was read, the kernel, sockets.
 
+mod access;
 mod addr;
 mod allow;
 mod duration;
 mod instance;
+mod listen;
 mod pathway;
+mod target;
 
+pub use access::{SocketMode, SocketOwner};
 pub use addr::{ClientAddr, Family, ListenAddr, ProxyAddr, TargetAddr};
 pub use allow::{AllowList, parse_prefix};
 pub use duration::{MAX_DURATION, parse_duration};
-pub use instance::{Instance, InstanceName, InstanceOptions, PortPolicy, Protocol, UdpHeader};
+pub use instance::{
+    Instance, InstanceName, InstanceOptions, PortPolicy, Protocol, TargetPorts, UdpHeader,
+};
+pub use listen::{Endpoint, Listen, ListenRange, PortRange, SocketPath};
 pub use pathway::{ConnmarkMode, Mark, Mask, Pathway, Priority, TableId};
+pub use target::{Answers, NamedTargets, TargetName};
 
 /// Why a text is not a value of the model.
 ///

@@ -7,6 +7,7 @@
 mod pathways;
 mod rates;
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -14,9 +15,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::control::messages::{Conns, Request, Response};
-use crate::model::{Family, Instance, Pathway};
+use crate::model::{Instance, Pathway};
 use crate::pathway::Firewall;
 use crate::relay::counters::Totals;
+use crate::relay::ports::Port;
 use crate::relay::report::LastError;
 use crate::relay::server::Server;
 use crate::relay::udp::counters as udp;
@@ -115,6 +117,9 @@ pub struct InstanceReport {
     pub standing: Standing,
     /// Everything counted since it started; flows count as connections.
     pub totals: Totals,
+    /// What came to each port of a range, of those to which anything came.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Port>,
     /// What a UDP instance counts beyond that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub datagrams: Option<udp::Totals>,
@@ -195,14 +200,11 @@ impl Overview {
                     pathway: pathways.of(instance.mark, subject.pathway.as_ref()),
                     protocol: instance.options.protocol.to_string(),
                     listen: instance.listen.to_string(),
-                    targets: Family::BOTH
-                        .into_iter()
-                        .filter_map(|family| instance.target(family))
-                        .map(|target| target.to_string())
-                        .collect(),
+                    targets: instance.target_texts(),
                     standing: subject.standing.clone(),
                     rates: self.rates.rates(instance.name.as_str(), now, &totals),
                     totals,
+                    ports: subject.ports(),
                     datagrams: subject.datagrams(),
                     last_error: subject
                         .servers
@@ -258,6 +260,18 @@ impl Overview {
 impl Subject {
     fn totals(&self) -> Totals {
         self.servers.iter().map(|server| server.totals()).sum()
+    }
+
+    /// Of all its relays together.
+    fn ports(&self) -> Vec<Port> {
+        let mut all: BTreeMap<u16, u64> = BTreeMap::new();
+        for one in self.servers.iter().flat_map(|server| server.ports()) {
+            *all.entry(one.port).or_default() += one.accepted;
+        }
+        let ports = all.into_iter();
+        ports
+            .map(|(port, accepted)| Port { port, accepted })
+            .collect()
     }
 
     fn datagrams(&self) -> Option<udp::Totals> {

@@ -15,6 +15,7 @@ mod copy;
 pub mod counters;
 pub mod header;
 pub mod histogram;
+pub mod ports;
 mod registry;
 pub mod report;
 pub mod server;

@@ -20,7 +20,9 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use crate::model::{ClientAddr, Family, ListenAddr, Mark, PortPolicy, TargetAddr};
 
 pub mod listening;
+pub mod stream;
 pub mod udp;
+pub mod unix;
 
 /// What is asked of the kernel for connections: the system's own limit (`net.core.somaxconn`) cuts it.
 const BACKLOG: i32 = i32::MAX;
@@ -68,6 +70,15 @@ pub struct ListenError {
     /// What the kernel said.
     #[source]
     pub source: io::Error,
+}
+
+impl From<ListenError> for Failure {
+    fn from(error: ListenError) -> Self {
+        Self {
+            operation: error.operation,
+            source: error.source,
+        }
+    }
 }
 
 impl ListenError {
@@ -212,19 +223,6 @@ pub fn adopt_listener(listener: &TcpListener) -> Result<(), Failure> {
         .set_tcp_nodelay(true)
         .map_err(Failure::at("set TCP_NODELAY"))?;
     set_keepalive(&socket)
-}
-
-/// Takes one connection off a listener, non-blocking, with its peer's address, in one system call.
-///
-/// # Errors
-/// As `accept(2)`.
-pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
-    let (socket, peer) =
-        SockRef::from(listener).accept4(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC)?;
-    let peer = peer
-        .as_socket()
-        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
-    Ok((TcpStream::from(socket), peer))
 }
 
 /// Makes the coming close of a socket a reset: the peer sees ECONNRESET, and no TIME_WAIT is left here.

@@ -30,7 +30,7 @@ pub fn reloading() {
 }
 
 /// Whether descriptors can be stored at all.
-fn stores() -> bool {
+pub fn stores() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some()
 }
 

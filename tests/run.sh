@@ -39,7 +39,8 @@ need cc:gcc ip:iproute2 iptables:iptables nft:nftables conntrack:conntrack hapro
     /usr/share/nginx/modules-available/mod-stream.conf:libnginx-mod-stream \
     sshd:openssh-server ssh:openssh-client curl:curl socat:socat sysctl:procps \
     /lib/systemd/systemd:systemd /lib/systemd/system/dbus.socket:dbus tmux:tmux nc:netcat-openbsd promtool:prometheus dnsdist:dnsdist unbound:unbound dig:bind9-dnsutils \
-    strace:strace setpriv:util-linux
+    strace:strace setpriv:util-linux podman:podman crun:crun busybox:busybox-static \
+    /usr/lib/podman/netavark:netavark
 need_cargo
 [ -z "$soak" ] || need_aioquic
 [ -z "$setup_only" ] || exit 0

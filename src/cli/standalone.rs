@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args};
 use ipnet::IpNet;
 
-use crate::model::{InstanceName, ListenAddr, Mark, parse_prefix};
+use crate::model::{InstanceName, Listen, Mark, parse_prefix};
 
 const FILES: [&str; 3] = ["instances", "all", "watch_config"];
 const HEADING: &str = "A relay without files";
@@ -15,12 +15,12 @@ const HEADING: &str = "A relay without files";
 #[derive(Debug, Clone, Default, Args)]
 #[command(
     next_help_heading = HEADING,
-    group(ArgGroup::new("target").args(["target4", "target6"]).multiple(true)),
+    group(ArgGroup::new("target").args(["target4", "target6", "target_source"]).multiple(true)),
 )]
 pub struct StandaloneArgs {
-    /// Where the proxy connects to
+    /// Where the proxy connects to: an address with a port or a range of ports, or unix:/path
     #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = FILES, requires = "target")]
-    pub listen: Option<ListenAddr>,
+    pub listen: Option<Listen>,
     /// Where IPv4 clients go
     #[arg(long, value_name = "ADDR:PORT", requires = "listen")]
     pub target4: Option<SocketAddrV4>,
@@ -81,6 +81,27 @@ pub struct OptionFlags {
     /// UDP: how many of them from one proxy [default: three quarters]
     #[arg(long, value_name = "N", requires = "listen")]
     pub max_flows_per_proxy: Option<String>,
+    /// unix:/path: the permissions of the socket's file; who may write to it is believed [default: 0660]
+    #[arg(long, value_name = "MODE", requires = "listen")]
+    pub socket_mode: Option<String>,
+    /// unix:/path: whom the socket's file is given to
+    #[arg(long, value_name = "USER:GROUP", requires = "listen")]
+    pub socket_owner: Option<String>,
+    /// How often targets that are names are looked up again [default: 30s]
+    #[arg(long, value_name = "TIME", requires = "listen")]
+    pub resolve: Option<String>,
+    /// Clients go to the destination in the PROXY header
+    #[arg(
+        id = "target_source",
+        long = "target",
+        value_name = "header",
+        requires = "listen",
+        requires = "destinations"
+    )]
+    pub target: Option<String>,
+    /// With --target header: which destinations are relayed to, + between them
+    #[arg(long, value_name = "NET+NET", requires = "target_source")]
+    pub destinations: Option<String>,
 }
 
 impl OptionFlags {
@@ -97,6 +118,11 @@ impl OptionFlags {
             max_connections,
             max_flows,
             max_flows_per_proxy,
+            socket_mode,
+            socket_owner,
+            resolve,
+            target,
+            destinations,
         } = self;
         let all = [
             ("protocol", protocol),
@@ -109,6 +135,11 @@ impl OptionFlags {
             ("max-connections", max_connections),
             ("max-flows", max_flows),
             ("max-flows-per-proxy", max_flows_per_proxy),
+            ("socket-mode", socket_mode),
+            ("socket-owner", socket_owner),
+            ("resolve", resolve),
+            ("target", target),
+            ("destinations", destinations),
         ];
         all.into_iter()
             .filter_map(|(key, value)| Some((key, value.as_deref()?)))

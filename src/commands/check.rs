@@ -181,11 +181,7 @@ fn instance_table(instances: &[Instance]) -> String {
         "OPTIONS",
     ]);
     for instance in instances {
-        let target = |family| {
-            instance
-                .target(family)
-                .map_or_else(|| "-".to_owned(), |target| target.to_string())
-        };
+        let target = |family| instance.target_of(family).unwrap_or_else(|| "-".to_owned());
         table.add_row([
             instance.name.to_string(),
             instance

@@ -64,9 +64,9 @@ fn together(listings: Vec<Listing>, sort: Sort, limit: Option<usize>) -> Listing
 
 fn rows(connections: &[Connection]) -> String {
     let mut rows = table([
-        "INSTANCE", "CLIENT", "PROXY", "TARGET", "AGE", "IDLE", "IN", "OUT", "V", "",
+        "INSTANCE", "PORT", "CLIENT", "PROXY", "TARGET", "AGE", "IDLE", "IN", "OUT", "V", "",
     ]);
-    for column in 4..8 {
+    for column in 5..9 {
         if let Some(column) = rows.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);
         }
@@ -75,6 +75,7 @@ fn rows(connections: &[Connection]) -> String {
         let unknown = || "-".to_owned();
         rows.add_row([
             one.instance.clone(),
+            one.port.map_or_else(unknown, |port| port.to_string()),
             one.client.map_or_else(unknown, |client| client.to_string()),
             one.proxy.to_string(),
             one.target.map_or_else(unknown, |target| target.to_string()),

@@ -14,7 +14,7 @@ use crate::cli::{DemoArgs, Global};
 use crate::config::{self, Configuration};
 use crate::demo::namespace::{Isolation, Namespace, isolate};
 use crate::demo::programs::{Answer, Sends, ask, start_proxy, start_service};
-use crate::model::{ConnmarkMode, Pathway};
+use crate::model::{ConnmarkMode, ListenAddr, Pathway};
 use crate::pathway::{self, Error as PathwayError, Firewall, Options};
 use crate::relay::{settings::Settings, tcp::Server, workers::Workers};
 use crate::runtime_dir::RuntimeDir;
@@ -264,7 +264,9 @@ impl Lab {
         self.wks01.enter(|| {
             let workers = Workers::start(NonZeroUsize::MIN)?;
             let relays = configuration.instances.iter().map(|instance| {
-                let listeners = socket::tcp_listeners(instance.listen, NonZeroUsize::MIN)?;
+                let listen = instance.listen.ports();
+                let listen = listen.context("the example has no Unix sockets")?.first();
+                let listeners = socket::tcp_listeners(ListenAddr::new(listen), NonZeroUsize::MIN)?;
                 let mut settings = Settings::of(instance, configuration.allow_list(instance));
                 settings.connect_timeout = CONNECT_TIMEOUT;
                 Ok(Server::start(&workers, listeners.sockets, settings)?)

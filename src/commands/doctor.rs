@@ -3,6 +3,7 @@
 mod demo;
 pub(super) mod patients;
 
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use crate::doctor::evidence::{Entry, Instance, Outcome};
 use crate::doctor::{self, Asked, Diagnosis, Examination, Severity};
 use crate::model::Mark;
 use crate::pathway::{self, Options};
+use crate::resolve;
 use crate::runtime_dir::RuntimeDir;
 
 /// How long another run may hold the pathways' lock.
@@ -32,6 +34,7 @@ pub(super) fn run(global: &Global, args: DoctorArgs) -> anyhow::Result<ExitCode>
     if !configuration.warnings.is_empty() && !global.quiet {
         eprintln!("{}\n", drawn(&configuration.warnings));
     }
+    let configuration = with_addresses(configuration)?;
     let asked = chosen(global, &configuration, &args.instances)?;
     let asker = patients::asker(global);
     let mut examination = doctor::examine(&asked, &asker).context("cannot examine")?;
@@ -55,6 +58,24 @@ pub(super) fn run(global: &Global, args: DoctorArgs) -> anyhow::Result<ExitCode>
         show(&mut out, &examination)?;
     }
     Ok(ExitCode::from(u8::from(!examination.healthy)))
+}
+
+/// With the addresses that the names of targets have now.
+fn with_addresses(configuration: Configuration) -> anyhow::Result<Configuration> {
+    let named = configuration.instances.iter();
+    let wanted: BTreeSet<_> = named.flat_map(|instance| instance.named.wanted()).collect();
+    if wanted.is_empty() {
+        return Ok(configuration);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let (answers, failing) = runtime.block_on(resolve::once(wanted));
+    for ((name, family), why) in failing {
+        eprintln!("warning: the target {name} has no {family} address: {why}");
+    }
+    Ok(configuration.with_answers(&answers))
 }
 
 #[derive(Serialize)]

@@ -79,6 +79,9 @@ fn block(one: &Connection) -> String {
             mark => format!("{}, pathway mark {mark}", one.instance),
         },
     );
+    if let Some(port) = one.port {
+        line("port", &port.to_string());
+    }
     let header = one
         .header
         .map(|version| format!(", PROXY v{version}"))

@@ -18,7 +18,8 @@ use crate::compat::{self, Ancestor, Destination, Invocation, Listening, OldName,
 use crate::config::{self, Origin, Relays, Standalone, Trusted};
 use crate::logging;
 use crate::model::{
-    ConnmarkMode, Instance, InstanceOptions, ListenAddr, Mark, Pathway, Protocol, TableId,
+    ConnmarkMode, Instance, InstanceOptions, ListenAddr, Mark, NamedTargets, Pathway, Protocol,
+    TableId, TargetPorts,
 };
 use crate::pathway::{self, Firewall};
 use crate::runtime_dir::RuntimeDir;
@@ -179,9 +180,11 @@ fn instance(
         name: compat::relay_name(relay.protocol, listen)
             .map_err(|error| UsageError(format!("-l: {error}")))?,
         mark: relay.mark,
-        listen: checked,
+        listen: checked.into(),
         target4,
         target6,
+        target_ports: TargetPorts::One,
+        named: NamedTargets::default(),
         options,
     })
 }

@@ -1,5 +1,6 @@
 //! `pathway …`: which pathways are meant, then the change or the question, then what a person reads.
 
+mod list;
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,8 +17,9 @@ use crate::cli::{Global, PathwayAllArgs, PathwayChangeArgs, PathwayCommand};
 use crate::config::{self, PathwayFiles};
 use crate::model::{Instance, Mark, Pathway};
 use crate::pathway::piece::Step;
-use crate::pathway::watch::repairs::{self, Counts, Repairs};
-use crate::pathway::{self, Change, Finding, Goal, Listed, Options, Outcome, Report, State};
+use crate::pathway::watch::repairs;
+use crate::pathway::{self, Change, Finding, Goal, Options, Outcome, Report};
+use crate::resolve;
 use crate::runtime_dir::RuntimeDir;
 
 /// How long another run may hold the lock. One run takes well under a second, and may wait five for
@@ -34,9 +36,10 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
+    let files = runtime.block_on(with_addresses(files, global.quiet));
     let change = |goal, targets: Option<Vec<String>>, how: PathwayAllArgs| {
         let pathways = match targets {
-            Some(targets) => resolve(global, &files, &targets)?,
+            Some(targets) => chosen(global, &files, &targets)?,
             None => configured(&files)?,
         };
         let options = Options {
@@ -58,7 +61,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
         })?;
         show_change(global, goal, &pathways, &report, &how)?;
         if goal == Goal::Del && !how.dry_run && !global.quiet {
-            warn_of_keepers(&pathways, &repairs::published(&options.runtime_dir)?);
+            list::warn_of_keepers(&pathways, &repairs::published(&options.runtime_dir)?);
         }
         Ok(ExitCode::SUCCESS)
     };
@@ -74,13 +77,13 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
                 .context("cannot list the pathways")?;
             let runtime_dir = RuntimeDir::resolve(global.runtime_dir.clone());
             let kept = repairs::published(&runtime_dir)?;
-            show_list(&listed, &kept, args.json)?;
+            list::show(&listed, &kept, args.json)?;
             Ok(ExitCode::SUCCESS)
         }
         PathwayCommand::Check(args) => {
             let pathways = match args.targets.as_slice() {
                 [] => configured(&files)?,
-                targets => resolve(global, &files, targets)?,
+                targets => chosen(global, &files, targets)?,
             };
             let findings = runtime
                 .block_on(pathway::check(&pathways, global.firewall))
@@ -88,6 +91,25 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
             show_check(&pathways, &findings, args.json)
         }
     }
+}
+
+/// Puts the addresses of targets that are names into the pathways. A name without one is said, and no failure:
+/// a container that is not up yet must not keep the other services' roads away.
+async fn with_addresses(files: PathwayFiles, quiet: bool) -> PathwayFiles {
+    let named = files.instances.iter();
+    let wanted: BTreeSet<_> = named.flat_map(|instance| instance.named.wanted()).collect();
+    if wanted.is_empty() {
+        return files;
+    }
+    let (answers, failing) = resolve::once(wanted).await;
+    for ((name, family), why) in failing {
+        if !quiet {
+            eprintln!(
+                "warning: the target {name} has no {family} address, and no pathway leads to it: {why}"
+            );
+        }
+    }
+    files.with_answers(&answers)
 }
 
 /// The typed targets, or `None` for `--all`.
@@ -105,7 +127,7 @@ fn configured(files: &PathwayFiles) -> anyhow::Result<Vec<Pathway>> {
 }
 
 /// The pathways of marks and names of instances, each once.
-fn resolve(
+fn chosen(
     global: &Global,
     files: &PathwayFiles,
     targets: &[String],
@@ -306,94 +328,6 @@ fn counted<'c>(outcome: Outcome, changes: impl Iterator<Item = &'c Change>) -> S
         (_, left) => text.push_str(&format!(" ({left} left by other scripts)")),
     }
     text
-}
-
-/// Says who puts back what was just removed.
-fn warn_of_keepers(pathways: &[Pathway], kept: &[Repairs]) {
-    for repairs in kept {
-        let of_it = |pathway: &&Pathway| repairs.pathways.contains_key(&pathway.mark.get());
-        for pathway in pathways.iter().filter(of_it) {
-            eprintln!(
-                "note: pid {} keeps the pathway of mark {} and puts it back: stop that process, or take the \
-                 mark out of the files",
-                repairs.pid, pathway.mark
-            );
-        }
-    }
-}
-
-/// A pathway, and who keeps it.
-#[derive(Serialize)]
-struct ListedJson<'l> {
-    #[serde(flatten)]
-    listed: &'l Listed,
-    /// The processes that keep it (`pathway watch`, `run --manage-pathways`).
-    kept_by: Vec<u32>,
-    /// What they have put back.
-    repairs: Counts,
-}
-
-impl<'l> ListedJson<'l> {
-    fn new(listed: &'l Listed, kept: &[Repairs]) -> Self {
-        let mut new = Self {
-            listed,
-            kept_by: Vec::new(),
-            repairs: Counts::default(),
-        };
-        for repairs in kept {
-            let mark = listed.mark.map(Mark::get);
-            if let Some(counts) = mark.and_then(|mark| repairs.pathways.get(&mark)) {
-                new.kept_by.push(repairs.pid);
-                new.repairs += *counts;
-            }
-        }
-        new
-    }
-
-    fn kept(&self) -> String {
-        let pids: Vec<String> = self.kept_by.iter().map(u32::to_string).collect();
-        match pids.as_slice() {
-            [] => "-".to_owned(),
-            pids => format!(
-                "by pid {}, {} repairs",
-                pids.join(" "),
-                self.repairs.total()
-            ),
-        }
-    }
-}
-
-fn show_list(listed: &[Listed], kept: &[Repairs], json: bool) -> anyhow::Result<()> {
-    let listed: Vec<_> = listed
-        .iter()
-        .map(|one| ListedJson::new(one, kept))
-        .collect();
-    if json {
-        return print_json(&listed);
-    }
-    let mut table = table(["MARK", "NAME", "TABLE", "STATE", "PIECES", "KEPT"]);
-    for with_keeper in &listed {
-        let entry = with_keeper.listed;
-        let or_unknown = |value: Option<String>| value.unwrap_or_else(|| "?".to_owned());
-        let pieces = match entry.state {
-            State::NotConfigured => "-".to_owned(),
-            _ => format!(
-                "{} of {}",
-                entry.wanted.saturating_sub(entry.missing.len()),
-                entry.wanted
-            ),
-        };
-        table.add_row(vec![
-            or_unknown(entry.mark.map(|mark| mark.to_string())),
-            entry.name.clone().unwrap_or_else(|| "-".to_owned()),
-            or_unknown(entry.table.map(|table| table.to_string())),
-            entry.state.to_string(),
-            pieces,
-            with_keeper.kept(),
-        ]);
-    }
-    writeln!(results(), "{}", trimmed(&table))?;
-    Ok(())
 }
 
 #[derive(Serialize)]

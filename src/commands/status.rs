@@ -14,6 +14,7 @@ use crate::cli::{Global, StatusArgs};
 use crate::overview::{InstanceReport, PathwayState, Process, State};
 use crate::pathway::watch::Kind;
 use crate::relay::counters::{ConnectFailure, Refusal, Totals};
+use crate::relay::ports::Port;
 use crate::relay::report::LastError;
 use crate::relay::udp::counters::{Dropped, Ended as EndedFlow};
 
@@ -248,6 +249,7 @@ fn in_full(process: &Process, one: &InstanceReport) -> String {
             byte_rate(one.rates.bytes_to_client)
         ),
     );
+    line("ports", busiest(&one.ports));
     if let Some(udp) = &one.datagrams {
         line(
             "datagrams",
@@ -294,6 +296,22 @@ fn in_full(process: &Process, one: &InstanceReport) -> String {
         one.last_error.as_ref().map(last_error).unwrap_or_default(),
     );
     format!("{}\n{text}", one.name)
+}
+
+/// Where the most came of a range of ports: `7 at 10000, 1 at 10003, 5 at 12 more`.
+fn busiest(ports: &[Port]) -> String {
+    const SHOWN: usize = 10;
+    let mut ports = ports.to_vec();
+    ports.sort_by_key(|one| std::cmp::Reverse(one.accepted));
+    let shown = ports.iter().take(SHOWN);
+    let mut texts: Vec<String> = shown
+        .map(|one| format!("{} at {}", one.accepted, one.port))
+        .collect();
+    if let Some(rest) = ports.get(SHOWN..).filter(|rest| !rest.is_empty()) {
+        let accepted: u64 = rest.iter().map(|one| one.accepted).sum();
+        texts.push(format!("{accepted} at {} more", rest.len()));
+    }
+    texts.join(", ")
 }
 
 /// `3 no-header, 1 bad-header`; nothing where all are 0.

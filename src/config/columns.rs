@@ -2,12 +2,11 @@
 //! one bad cell does not hide the next.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::num::NonZeroU16;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, de};
 
-use crate::model::{InstanceName, ListenAddr, Mark, ValueError};
+use crate::model::{InstanceName, Listen, Mark, PortRange, TargetName, ValueError};
 
 /// The names of the columns, in their order.
 pub(super) const NAMES: [&str; 7] = [
@@ -33,10 +32,10 @@ pub(super) const REQUIRED: usize = OPTIONS;
 pub(super) const EXPECTED: [&str; 7] = [
     "a name such as vps01-ssh",
     "the mark of a pathway, as in pathways.conf",
-    "an address and a port such as 100.64.0.1:2222",
-    "an IPv4 address such as 127.0.0.1, or - where IPv4 is not served",
-    "a port from 1 to 65535",
-    "an IPv6 address such as ::1, or - where IPv6 is not served",
+    "an address and a port such as 100.64.0.1:2222, or unix:/run/mmproxy/web.sock",
+    "an IPv4 address such as 127.0.0.1, a name, docker:NAME, or - where IPv4 is not served",
+    "a port from 1 to 65535, or a range such as 10000-10999",
+    "an IPv6 address such as ::1, a name, docker:NAME, or - where IPv6 is not served",
     "key=value words",
 ];
 
@@ -48,11 +47,11 @@ pub(super) struct Row {
     #[serde(default)]
     pub(super) fwmark: Option<Tried<Mark>>,
     #[serde(default)]
-    pub(super) listen_addr: Option<Tried<ListenAddr>>,
+    pub(super) listen_addr: Option<Tried<Listen>>,
     #[serde(default)]
     pub(super) target_ipv4: Option<Tried<Target<Ipv4Addr>>>,
     #[serde(default)]
-    pub(super) target_port: Option<Tried<Port>>,
+    pub(super) target_port: Option<Tried<PortRange>>,
     #[serde(default)]
     pub(super) target_ipv6: Option<Tried<Target<Ipv6Addr>>>,
 }
@@ -79,26 +78,11 @@ impl<'de, T: FromStr<Err = ValueError>> Deserialize<'de> for Tried<T> {
     }
 }
 
-/// A port of a service.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Port(pub(super) NonZeroU16);
-
-impl FromStr for Port {
-    type Err = ValueError;
-
-    fn from_str(text: &str) -> Result<Self, ValueError> {
-        text.parse()
-            .ok()
-            .filter(|_| !text.starts_with('+'))
-            .map(Self)
-            .ok_or_else(|| ValueError::new(format!("'{text}' is not a port"), EXPECTED[PORT]))
-    }
-}
-
-/// A target's address, or `-`.
-#[derive(Debug, Clone, Copy)]
+/// A target's address or name, or `-`.
+#[derive(Debug, Clone)]
 pub(super) enum Target<A> {
     Served(A),
+    Named(TargetName),
     NotServed,
 }
 
@@ -116,7 +100,8 @@ impl FromStr for Target<Ipv4Addr> {
                 None => Ok(Self::Served(addr)),
             },
             Ok(IpAddr::V6(addr)) => wrong(format!("{addr} is an IPv6 address in the IPv4 column")),
-            Err(_) => wrong(no_address(text, "IPv4")),
+            Err(_) => named(text)
+                .ok_or_else(|| ValueError::new(no_address(text, "IPv4"), EXPECTED[TARGET4])),
         }
     }
 }
@@ -139,7 +124,8 @@ impl FromStr for Target<Ipv6Addr> {
                 None => Ok(Self::Served(addr)),
             },
             Ok(IpAddr::V4(addr)) => wrong(format!("{addr} is an IPv4 address in the IPv6 column")),
-            Err(_) => wrong(no_address(text, "IPv6")),
+            Err(_) => named(text)
+                .ok_or_else(|| ValueError::new(no_address(text, "IPv6"), EXPECTED[TARGET6])),
         }
     }
 }
@@ -165,6 +151,11 @@ fn unusable(addr: IpAddr) -> Option<&'static str> {
     }
 }
 
+/// What is no address and may be a name.
+fn named<A>(text: &str) -> Option<Target<A>> {
+    text.parse().ok().map(Target::Named)
+}
+
 fn no_address(text: &str, family: &str) -> String {
     if text.parse::<std::net::SocketAddr>().is_ok() {
         format!("'{text}' has a port, which belongs in column 5 (target_port)")
@@ -173,6 +164,6 @@ fn no_address(text: &str, family: &str) -> String {
     } else if text.contains('%') {
         format!("'{text}' has a scope: link-local targets are not supported")
     } else {
-        format!("'{text}' is not an {family} address, and names are not looked up")
+        format!("'{text}' is neither an {family} address nor a name")
     }
 }

@@ -4,13 +4,16 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::destinations;
 use super::diagnostics::{Diagnostic, Diagnostics};
 use super::options::Options;
 use super::source::{Source, Word};
-use crate::model::{InstanceOptions, PortPolicy, Protocol, UdpHeader, ValueError, parse_duration};
+use crate::model::{
+    InstanceOptions, Listen, PortPolicy, Protocol, UdpHeader, ValueError, parse_duration,
+};
 
 /// Every option there is, by its key.
-pub const OPTIONS: [&str; 11] = [
+pub const OPTIONS: [&str; 16] = [
     "protocol",
     "udp-header",
     "idle-timeout",
@@ -22,6 +25,11 @@ pub const OPTIONS: [&str; 11] = [
     "max-connections",
     "max-flows",
     "max-flows-per-proxy",
+    "socket-mode",
+    "socket-owner",
+    "resolve",
+    "target",
+    "destinations",
 ];
 
 /// The most listeners an instance may have: beyond one a core they only cost.
@@ -100,6 +108,10 @@ fn read(source: &Source, given: &Options<'_>, found: &mut Diagnostics) -> Instan
         max_connections: given.value("max-connections", parse_count, found),
         max_flows: given.value("max-flows", parse_count, found),
         max_flows_per_proxy: given.value("max-flows-per-proxy", parse_count, found),
+        socket_mode: given.value("socket-mode", str::parse, found),
+        socket_owner: given.value("socket-owner", str::parse, found),
+        destinations: destinations::parse(source, given, found),
+        resolve: given.value("resolve", parse_interval, found),
     };
     // with a protocol= that is itself a mistake, which options fit it is anyone's guess
     if protocol.is_some() || given.word("protocol").is_none() {
@@ -115,6 +127,48 @@ fn read(source: &Source, given: &Options<'_>, found: &mut Diagnostics) -> Instan
         ));
     }
     options
+}
+
+/// What the listen address and the options must be for each other.
+pub(super) fn check_listen(
+    source: &Source,
+    (listen, place): (&Listen, Word<'_>),
+    cell: Option<Word<'_>>,
+    options: &InstanceOptions,
+    found: &mut Diagnostics,
+) {
+    let is_unix = matches!(listen, Listen::Unix(_));
+    if is_unix && options.protocol == Protocol::Udp {
+        found.push(Diagnostic::error(
+            source.position(place),
+            "a Unix socket carries connections, and this instance is protocol=udp",
+            "an address and a port",
+        ));
+    }
+    let strangers: &[&str] = if is_unix {
+        // there is one socket per file, and its permissions say who is believed
+        &["listeners", "allow"]
+    } else {
+        &["socket-mode", "socket-owner"]
+    };
+    let words = cell.into_iter().flat_map(|cell| cell.split(|c| c == ','));
+    for word in words.map(Word::trimmed) {
+        let key = word.text.split('=').next().unwrap_or_default();
+        if !strangers.contains(&key) {
+            continue;
+        }
+        let (what, needs) = if is_unix {
+            ("a Unix socket", "an address and a port")
+        } else {
+            ("an address and a port", "a Unix socket, unix:/path,")
+        };
+        let complaint = Diagnostic::error(
+            source.position(word),
+            format!("{key}= means nothing for {what}"),
+            format!("{key}= with {needs} only"),
+        );
+        found.push(complaint.with(&source.position(place), "the listen address"));
+    }
 }
 
 fn check_protocol(
@@ -157,6 +211,20 @@ fn parse_file(text: &str) -> Result<PathBuf, ValueError> {
         ));
     }
     Ok(PathBuf::from(text))
+}
+
+/// Looking up more often than this only costs.
+const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
+
+fn parse_interval(text: &str) -> Result<Duration, ValueError> {
+    let interval = parse_duration(text)?;
+    if interval < SHORTEST_INTERVAL {
+        return Err(ValueError::new(
+            format!("'{text}' is too short to look names up again"),
+            "1s or more",
+        ));
+    }
+    Ok(interval)
 }
 
 fn parse_listeners(text: &str) -> Result<NonZeroU32, ValueError> {

@@ -11,7 +11,9 @@ use super::columns::{self, NAMES, REQUIRED, Row, Target, Tried};
 use super::diagnostics::{Diagnostic, Diagnostics};
 use super::instance_options;
 use super::source::{Source, Word};
-use crate::model::{Instance, InstanceName, ListenAddr, Mark, Protocol};
+use crate::model::{
+    Instance, InstanceName, Listen, Mark, NamedTargets, PortRange, Protocol, TargetPorts,
+};
 
 const WHAT_A_LINE_HAS: &str =
     "name, fwmark, listen_addr, target_ipv4, target_port, target_ipv6 and at most options";
@@ -21,7 +23,7 @@ const WHAT_A_LINE_HAS: &str =
 pub(super) struct Line<'s> {
     pub(super) name: Option<(InstanceName, Word<'s>)>,
     pub(super) mark: Option<(Mark, Word<'s>)>,
-    pub(super) listen: Option<(ListenAddr, Word<'s>)>,
+    pub(super) listen: Option<(Listen, Word<'s>)>,
     pub(super) protocol: Protocol,
     /// The allow list of its own, as written.
     pub(super) allow: Option<(PathBuf, Word<'s>)>,
@@ -209,13 +211,30 @@ struct Cells<'s> {
 impl<'s> Cells<'s> {
     fn line(&self, row: Row, found: &mut Diagnostics) -> Line<'s> {
         let before = found.errors();
+        let cell = self
+            .cells
+            .get(columns::OPTIONS)
+            .copied()
+            .filter(|cell| !cell.text.is_empty());
+        let (options, allow) = instance_options::parse(self.source, cell, found);
+        let in_header = options.destinations.is_some();
         let name = self.take(columns::NAME, row.name, found);
         let mark = self.take(columns::FWMARK, row.fwmark, found);
         let listen = self.take(columns::LISTEN, row.listen_addr, found);
         let target4 = self.take(columns::TARGET4, row.target_ipv4, found);
-        let port = self.take(columns::PORT, row.target_port, found);
+        let no_port = in_header
+            && self
+                .cells
+                .get(columns::PORT)
+                .is_some_and(|cell| cell.text == "-");
+        let port = match no_port {
+            true => None,
+            false => self.take(columns::PORT, row.target_port, found),
+        };
         let target6 = self.take(columns::TARGET6, row.target_ipv6, found);
-        if let (Some((Target::NotServed, word4)), Some((Target::NotServed, word6))) =
+        if in_header {
+            self.check_no_target(found);
+        } else if let (Some((Target::NotServed, word4)), Some((Target::NotServed, word6))) =
             (&target4, &target6)
         {
             found.push(
@@ -227,28 +246,43 @@ impl<'s> Cells<'s> {
                 .with(&self.source.position(*word4), "nor here"),
             );
         }
-        let cell = self
-            .cells
-            .get(columns::OPTIONS)
-            .copied()
-            .filter(|cell| !cell.text.is_empty());
-        let (options, allow) = instance_options::parse(self.source, cell, found);
-
+        let place = listen.as_ref().map(|(listen, word)| (listen, *word));
+        let target_ports = match in_header {
+            true => Some(TargetPorts::One),
+            false => self.target_ports(place, port, found),
+        };
+        if let Some((listen, word)) = place {
+            instance_options::check_listen(self.source, (listen, word), cell, &options, found);
+        }
         let complete = found.errors() == before && self.cells.len() >= REQUIRED;
         let instance = complete.then_some(()).and_then(|()| {
-            let port = port.as_ref()?.0.0.get();
+            let port = match port {
+                Some((ports, _)) => ports.first(),
+                None if in_header => 0,
+                None => return None,
+            };
+            let (target4, target6) = (target4.as_ref()?, target6.as_ref()?);
+            let mut named = NamedTargets::default();
+            if let Target::Named(name) = &target4.0 {
+                (named.v4, named.port) = (Some(name.clone()), port);
+            }
+            if let Target::Named(name) = &target6.0 {
+                (named.v6, named.port) = (Some(name.clone()), port);
+            }
             Some(Instance {
                 name: name.clone()?.0,
                 mark: Some(mark?.0),
-                listen: listen?.0,
-                target4: match target4?.0 {
+                listen: listen.clone()?.0,
+                target4: match target4.0 {
                     Target::Served(addr) => Some(SocketAddrV4::new(addr, port)),
-                    Target::NotServed => None,
+                    Target::Named(_) | Target::NotServed => None,
                 },
-                target6: match target6?.0 {
+                target6: match target6.0 {
                     Target::Served(addr) => Some(SocketAddrV6::new(addr, port, 0, 0)),
-                    Target::NotServed => None,
+                    Target::Named(_) | Target::NotServed => None,
                 },
+                named,
+                target_ports: target_ports?,
                 options: options.clone(),
             })
         });
@@ -262,6 +296,59 @@ impl<'s> Cells<'s> {
             target6_word: target6.map(|(_, word)| word),
             instance,
         }
+    }
+
+    /// The columns of the service are empty where the header says where it is.
+    fn check_no_target(&self, found: &mut Diagnostics) {
+        for column in [columns::TARGET4, columns::PORT, columns::TARGET6] {
+            let Some(cell) = self.cells.get(column) else {
+                continue;
+            };
+            if cell.text != "-" && !cell.text.is_empty() {
+                found.push(Diagnostic::error(
+                    self.source.position(*cell),
+                    format!(
+                        "column {} ({}) with target=header",
+                        column + 1,
+                        NAMES[column]
+                    ),
+                    "-, because the header says where the service is",
+                ));
+            }
+        }
+    }
+
+    /// How the ports of the listener go with those of the targets.
+    fn target_ports(
+        &self,
+        listen: Option<(&Listen, Word<'s>)>,
+        port: Option<(PortRange, Word<'s>)>,
+        found: &mut Diagnostics,
+    ) -> Option<TargetPorts> {
+        let ((listen, listen_word), (targets, word)) = (listen?, port?);
+        if targets.count() == 1 {
+            return Some(TargetPorts::One);
+        }
+        let count = listen.ports().map(|range| range.ports().count());
+        if count == Some(targets.count()) {
+            return Some(TargetPorts::Parallel);
+        }
+        let listens = match count {
+            None => "a Unix socket has no ports".to_owned(),
+            Some(1) => "there is one port to listen on".to_owned(),
+            Some(many) => format!("there are {many} ports to listen on"),
+        };
+        let expected = match count {
+            Some(many @ 2..) => format!("one port, or a range of {many}"),
+            _ => "one port".to_owned(),
+        };
+        let complaint = Diagnostic::error(
+            self.source.position(word),
+            format!("{} target ports, and {listens}", targets.count()),
+            expected,
+        );
+        found.push(complaint.with(&self.source.position(listen_word), "the listen address"));
+        None
     }
 
     /// A column's value and place; an empty cell is a mistake, a missing one has been complained about.

@@ -16,7 +16,9 @@ use jsonc_parser::{CollectOptions, ParseOptions, parse_to_ast};
 use super::diagnostics::{Diagnostic, Diagnostics};
 use super::source::{Position, Source};
 use crate::compat::{Place, places, relay_name};
-use crate::model::{Instance, InstanceOptions, ListenAddr, Mark, Protocol};
+use crate::model::{
+    Instance, InstanceOptions, ListenAddr, Mark, NamedTargets, Protocol, TargetPorts,
+};
 
 const KEYS: &str = "\"router\", \"p\", \"mark\", \"v\" and \"listeners\"";
 
@@ -135,9 +137,11 @@ impl Reader<'_, '_> {
                 instances.push(Instance {
                     name: relay_name(protocol, listen).ok()?,
                     mark: Mark::new(mark),
-                    listen: ListenAddr::new(listen),
+                    listen: ListenAddr::new(listen).into(),
                     target4: route.target4,
                     target6: route.target6,
+                    target_ports: TargetPorts::One,
+                    named: NamedTargets::default(),
                     options: options.clone(),
                 });
             }

@@ -114,7 +114,10 @@ impl Standalone {
             Relays::Json(path) => Arc::from(path.as_path()),
         };
         for instance in instances {
-            let listen = instance.listen.get();
+            let Some(range) = instance.listen.ports() else {
+                continue;
+            };
+            let listen = range.first();
             let own = |target: SocketAddr| {
                 let wildcard = listen.ip().is_unspecified()
                     && listen.is_ipv4() == target.is_ipv4()

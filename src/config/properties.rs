@@ -141,6 +141,10 @@ fn options() -> impl Strategy<Value = InstanceOptions> {
                     max_connections: max_connections.filter(|_| !udp),
                     max_flows: max_flows.filter(|_| udp),
                     max_flows_per_proxy: max_flows_per_proxy.filter(|_| udp),
+                    socket_mode: None,
+                    socket_owner: None,
+                    resolve: None,
+                    destinations: None,
                 }
             },
         )

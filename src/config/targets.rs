@@ -51,6 +51,17 @@ enum Target {
     Loopback(IpNet),
 }
 
+/// A prefix in which services may be; loopback is one, host bits are cleared.
+///
+/// # Errors
+/// When no service could be reached in it, or too much would be covered.
+pub(super) fn parse_service(text: &str) -> Result<IpNet, ValueError> {
+    Ok(match parse_target(text)? {
+        Target::Network { network, .. } => network,
+        Target::Loopback(given) => given.trunc(),
+    })
+}
+
 fn parse_target(text: &str) -> Result<Target, ValueError> {
     const EXPECTED: &str =
         "the services' own addresses or networks such as 10.0.0.5 or fd00:1::/64";

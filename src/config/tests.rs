@@ -423,7 +423,7 @@ error: column 4 (target_ipv4) is empty
  --> /etc/mmproxy/instances.tsv:1:19
   |
 1 | a    1    192.0.2.9:2222        22    ::1
-  |                         ^^^^ expected an IPv4 address such as 127.0.0.1, or - where IPv4 is not served
+  |                         ^^^^ expected an IPv4 address such as 127.0.0.1, a name, docker:NAME, or - where IPv4 is not served
 "#]]
     );
 }
@@ -449,25 +449,19 @@ error: '192.0.2.9' is not a listen address
  --> /etc/mmproxy/instances.tsv:1:8
   |
 1 | -a    one    192.0.2.9    localhost    ssh    [::1]:22
-  |              ^^^^^^^^^ expected an address and a port such as 100.64.0.1:2222 or [fd00::1]:2222
-
-error: 'localhost' is not an IPv4 address, and names are not looked up
- --> /etc/mmproxy/instances.tsv:1:18
-  |
-1 | -a    one    192.0.2.9    localhost    ssh    [::1]:22
-  |                           ^^^^^^^^^ expected an IPv4 address such as 127.0.0.1, or - where IPv4 is not served
+  |              ^^^^^^^^^ expected an address and a port such as 100.64.0.1:2222 or [fd00::1]:2222, a range of ports such as 100.64.0.1:10000-10999, or a Unix socket such as unix:/run/mmproxy/web.sock
 
 error: 'ssh' is not a port
  --> /etc/mmproxy/instances.tsv:1:28
   |
 1 | -a    one    192.0.2.9    localhost    ssh    [::1]:22
-  |                                        ^^^ expected a port from 1 to 65535
+  |                                        ^^^ expected a port from 1 to 65535, or a range such as 10000-10999, the smaller one first
 
 error: '[::1]:22' has a port, which belongs in column 5 (target_port)
  --> /etc/mmproxy/instances.tsv:1:32
   |
 1 | -a    one    192.0.2.9    localhost    ssh    [::1]:22
-  |                                               ^^^^^^^^ expected an IPv6 address such as ::1, or - where IPv6 is not served
+  |                                               ^^^^^^^^ expected an IPv6 address such as ::1, a name, docker:NAME, or - where IPv6 is not served
 "#]]
     );
     assert_data_eq!(
@@ -477,13 +471,13 @@ error: ::1 is an IPv6 address in the IPv4 column
  --> /etc/mmproxy/instances.tsv:1:20
   |
 1 | a    1    192.0.2.9:2222    ::1    22    127.0.0.1
-  |                             ^^^ expected an IPv4 address such as 127.0.0.1, or - where IPv4 is not served
+  |                             ^^^ expected an IPv4 address such as 127.0.0.1, a name, docker:NAME, or - where IPv4 is not served
 
 error: 127.0.0.1 is an IPv4 address in the IPv6 column
  --> /etc/mmproxy/instances.tsv:1:27
   |
 1 | a    1    192.0.2.9:2222    ::1    22    127.0.0.1
-  |                                          ^^^^^^^^^ expected an IPv6 address such as ::1, or - where IPv6 is not served
+  |                                          ^^^^^^^^^ expected an IPv6 address such as ::1, a name, docker:NAME, or - where IPv6 is not served
 "#]]
     );
     assert_data_eq!(
@@ -493,19 +487,19 @@ error: 0.0.0.0 is no target: it means every address of this host; name the one t
  --> /etc/mmproxy/instances.tsv:1:20
   |
 1 | a    1    192.0.2.9:2222    0.0.0.0    0    ::
-  |                             ^^^^^^^ expected an IPv4 address such as 127.0.0.1, or - where IPv4 is not served
+  |                             ^^^^^^^ expected an IPv4 address such as 127.0.0.1, a name, docker:NAME, or - where IPv4 is not served
 
 error: '0' is not a port
  --> /etc/mmproxy/instances.tsv:1:28
   |
 1 | a    1    192.0.2.9:2222    0.0.0.0    0    ::
-  |                                        ^ expected a port from 1 to 65535
+  |                                        ^ expected a port from 1 to 65535, or a range such as 10000-10999, the smaller one first
 
 error: :: is no target: it means every address of this host; name the one the service waits at, often ::1
  --> /etc/mmproxy/instances.tsv:1:30
   |
 1 | a    1    192.0.2.9:2222    0.0.0.0    0    ::
-  |                                             ^^ expected an IPv6 address such as ::1, or - where IPv6 is not served
+  |                                             ^^ expected an IPv6 address such as ::1, a name, docker:NAME, or - where IPv6 is not served
 "#]]
     );
     assert_data_eq!(
@@ -515,13 +509,13 @@ error: 224.0.0.1 is no target: it is multicast
  --> /etc/mmproxy/instances.tsv:1:20
   |
 1 | a    1    192.0.2.9:2222    224.0.0.1    22    ::ffff:127.0.0.1
-  |                             ^^^^^^^^^ expected an IPv4 address such as 127.0.0.1, or - where IPv4 is not served
+  |                             ^^^^^^^^^ expected an IPv4 address such as 127.0.0.1, a name, docker:NAME, or - where IPv4 is not served
 
 error: ::ffff:127.0.0.1 is no target: it is an IPv4 address in IPv6 form, which IPv6 clients cannot be passed on to
  --> /etc/mmproxy/instances.tsv:1:33
   |
 1 | a    1    192.0.2.9:2222    224.0.0.1    22    ::ffff:127.0.0.1
-  |                                                ^^^^^^^^^^^^^^^^ expected an IPv6 address such as ::1, or - where IPv6 is not served
+  |                                                ^^^^^^^^^^^^^^^^ expected an IPv6 address such as ::1, a name, docker:NAME, or - where IPv6 is not served
 "#]]
     );
     assert_data_eq!(
@@ -546,7 +540,7 @@ error: unknown option 'timeout'
  --> /etc/mmproxy/instances.tsv:1:37
   |
 1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
-  |                                                       ^^^^^^^ expected one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=
+  |                                                       ^^^^^^^ expected one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=, socket-mode=, socket-owner=, resolve=
 
 error: nothing between two commas, or behind the last
  --> /etc/mmproxy/instances.tsv:1:37
@@ -566,7 +560,7 @@ error: 'x' is not an option
  --> /etc/mmproxy/instances.tsv:1:68
   |
 1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
-  |                                                                                      ^ expected key=value, the key one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=
+  |                                                                                      ^ expected key=value, the key one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=, socket-mode=, socket-owner=, resolve=
 "#]]
     );
     assert_data_eq!(
@@ -997,4 +991,237 @@ fn routing_needs_neither_file() {
 
     fs::write(dir.path().join(PATHWAYS), "2\n").unwrap();
     assert_eq!(load_pathways(dir.path()).unwrap_err().errors(), 1);
+}
+
+#[test]
+fn ranges_of_ports() {
+    for (lines, expected) in [
+        // the same length, one port, and two ranges side by side
+        (
+            "a\t1\t192.0.2.9:10000-10999\t127.0.0.1\t20000-20999\t::1\n",
+            str![],
+        ),
+        ("a\t1\t192.0.2.9:10000-10999\t127.0.0.1\t22\t::1\n", str![]),
+    ] {
+        assert_data_eq!(said_of_instances(lines), expected);
+    }
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t192.0.2.9:10000-10999\t127.0.0.1\t22\t-\n\
+             b\t1\t192.0.2.9:11000\t127.0.0.1\t22\t-\n\
+             c\t1\t192.0.2.9:10999-11005\t127.0.0.1\t22\t-\n"
+        ),
+        str![[r#"
+error: two instances listen on 192.0.2.9:11000 (tcp)
+ --> /etc/mmproxy/instances.tsv:3:5
+  |
+3 | c    1    192.0.2.9:10999-11005    127.0.0.1    22    -
+  |           ^^^^^^^^^^^^^^^^^^^^^ expected an address or a port of its own
+  |
+ ::: /etc/mmproxy/instances.tsv:2:5
+  |
+2 | b    1    192.0.2.9:11000    127.0.0.1    22    -
+  |           --------------- the first one
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t[fd00::1]:1-9\t127.0.0.1\t22\t-\n\
+             b\t1\t[fd00::1]:1-9\t127.0.0.1\t22\t-\tprotocol=udp\n\
+             c\t1\t[::]:9-20\t127.0.0.1\t22\t-\n"
+        ),
+        str![[r#"
+warning: another instance listens on port 9 of every address: what goes to fd00::1 comes here
+ --> /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    [fd00::1]:1-9    127.0.0.1    22    -
+  |           ^^^^^^^^^^^^^ expected different ports, unless this is meant
+  |
+ ::: /etc/mmproxy/instances.tsv:3:5
+  |
+3 | c    1    [::]:9-20    127.0.0.1    22    -
+  |           --------- every address
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:10-19\t127.0.0.1\t20-28\t-\n"),
+        str![[r#"
+error: 9 target ports, and there are 10 ports to listen on
+ --> /etc/mmproxy/instances.tsv:1:31
+  |
+1 | a    1    192.0.2.9:10-19    127.0.0.1    20-28    -
+  |           ---------------                 ^^^^^ expected one port, or a range of 10
+  |           |
+  |           the listen address
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:10\t127.0.0.1\t20-28\t-\n"),
+        str![[r#"
+error: 9 target ports, and there is one port to listen on
+ --> /etc/mmproxy/instances.tsv:1:28
+  |
+1 | a    1    192.0.2.9:10    127.0.0.1    20-28    -
+  |           ------------                 ^^^^^ expected one port
+  |           |
+  |           the listen address
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:19-10\t127.0.0.1\t28-20\t-\n"),
+        str![[r#"
+error: the range of ports 19-10 ends before it begins
+ --> /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    192.0.2.9:19-10    127.0.0.1    28-20    -
+  |           ^^^^^^^^^^^^^^^ expected an address and a port such as 100.64.0.1:2222 or [fd00::1]:2222, a range of ports such as 100.64.0.1:10000-10999, or a Unix socket such as unix:/run/mmproxy/web.sock
+
+error: the range of ports 28-20 ends before it begins
+ --> /etc/mmproxy/instances.tsv:1:31
+  |
+1 | a    1    192.0.2.9:19-10    127.0.0.1    28-20    -
+  |                                           ^^^^^ expected a port from 1 to 65535, or a range such as 10000-10999, the smaller one first
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t127.0.0.1:10-19\t127.0.0.1\t15\t-\n\
+             b\t1\t127.0.0.1:20-29\t127.0.0.1\t10-19\t-\n"
+        ),
+        str![[r#"
+error: target 127.0.0.1:15 is where this instance itself listens
+ --> /etc/mmproxy/instances.tsv:1:21
+  |
+1 | a    1    127.0.0.1:10-19    127.0.0.1    15    -
+  |           ---------------    ^^^^^^^^^ expected the service's address and port
+  |           |
+  |           its listen address
+
+warning: target 127.0.0.1:10-19 is where another instance listens, which waits for a PROXY header
+ --> /etc/mmproxy/instances.tsv:2:21
+  |
+2 | b    1    127.0.0.1:20-29    127.0.0.1    10-19    -
+  |                              ^^^^^^^^^ expected the service's address and port
+  |
+ ::: /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    127.0.0.1:10-19    127.0.0.1    15    -
+  |           --------------- the other instance
+"#]]
+    );
+}
+
+#[test]
+fn unix_sockets() {
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\tunix:/run/a.sock\t127.0.0.1\t22\t-\tsocket-mode=0660,socket-owner=:haproxy\n"
+        ),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\tunix:/run/a.sock\t127.0.0.1\t22\t-\n\
+             b\t1\tunix:/run/a.sock\t127.0.0.1\t23\t-\n"
+        ),
+        str![[r#"
+error: two instances listen on unix:/run/a.sock (tcp)
+ --> /etc/mmproxy/instances.tsv:2:5
+  |
+2 | b    1    unix:/run/a.sock    127.0.0.1    23    -
+  |           ^^^^^^^^^^^^^^^^ expected an address or a port of its own
+  |
+ ::: /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    unix:/run/a.sock    127.0.0.1    22    -
+  |           ---------------- the first one
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\tunix:@a\t127.0.0.1\t22\t-\n"),
+        str![[r#"
+error: 'unix:@a' is an abstract socket, which everyone on this host may open
+ --> /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    unix:@a    127.0.0.1    22    -
+  |           ^^^^^^^ expected unix: and an absolute path of at most 107 bytes such as unix:/run/mmproxy/web.sock
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\tunix:/run/a.sock\t127.0.0.1\t22-23\t-\n"),
+        str![[r#"
+error: 2 target ports, and a Unix socket has no ports
+ --> /etc/mmproxy/instances.tsv:1:32
+  |
+1 | a    1    unix:/run/a.sock    127.0.0.1    22-23    -
+  |           ----------------                 ^^^^^ expected one port
+  |           |
+  |           the listen address
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\tunix:/run/a.sock\t127.0.0.1\t22\t-\tprotocol=udp,listeners=2\n"),
+        str![[r#"
+error: a Unix socket carries connections, and this instance is protocol=udp
+ --> /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    unix:/run/a.sock    127.0.0.1    22    -    protocol=udp,listeners=2
+  |           ^^^^^^^^^^^^^^^^ expected an address and a port
+
+error: listeners= means nothing for a Unix socket
+ --> /etc/mmproxy/instances.tsv:1:50
+  |
+1 | a    1    unix:/run/a.sock    127.0.0.1    22    -    protocol=udp,listeners=2
+  |           ---------------- the listen address                      ^^^^^^^^^^^ expected listeners= with an address and a port only
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t192.0.2.9:10\t127.0.0.1\t22\t-\tsocket-mode=660\n\
+             b\t1\tunix:/run/b.sock\t127.0.0.1\t22\t-\tsocket-mode=rw,socket-owner=a:b:c\n"
+        ),
+        str![[r#"
+error: socket-mode= means nothing for an address and a port
+ --> /etc/mmproxy/instances.tsv:1:33
+  |
+1 | a    1    192.0.2.9:10    127.0.0.1    22    -    socket-mode=660
+  |           ------------ the listen address         ^^^^^^^^^^^^^^^ expected socket-mode= with a Unix socket, unix:/path, only
+
+error: 'rw' is not a file mode
+ --> /etc/mmproxy/instances.tsv:2:49
+  |
+2 | b    1    unix:/run/b.sock    127.0.0.1    22    -    socket-mode=rw,socket-owner=a:b:c
+  |                                                                   ^^ expected octal permissions such as 0660, at most 0777
+
+error: 'a:b:c' is not an owner
+ --> /etc/mmproxy/instances.tsv:2:65
+  |
+2 | b    1    unix:/run/b.sock    127.0.0.1    22    -    socket-mode=rw,socket-owner=a:b:c
+  |                                                                                   ^^^^^ expected user, user:group or :group such as :haproxy
+"#]]
+    );
+}
+
+#[test]
+fn targets_that_are_names_or_in_the_header() {
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t192.0.2.9:1\tdb.internal\t22\tdocker:web@front\tresolve=5s\n\
+             b\t1\t192.0.2.9:2\t-\t-\t-\ttarget=header,destinations=10.0.0.0/24+fd00:1::/64\n"
+        ),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances("a\t1\t192.0.2.9:1\t127.0.0.l\t22\tdocker:a/b\tresolve=5ms\n"),
+        str![]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t192.0.2.9:1\t-\t-\t-\ttarget=header\n\
+             b\t1\t192.0.2.9:2\t127.0.0.1\t22\t-\tdestinations=10.0.0.1\n\
+             c\t1\t192.0.2.9:3\t127.0.0.1\t22\t-\ttarget=header,destinations=0.0.0.0/0++x\n\
+             d\t1\t192.0.2.9:4\t-\t-\t-\ttarget=me\n"
+        ),
+        str![]
+    );
 }

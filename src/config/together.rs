@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use super::diagnostics::{Diagnostic, Diagnostics};
 use super::instances::Line;
 use super::source::{Source, Word};
-use crate::model::{Family, InstanceName, Mark, Protocol};
+use crate::model::{
+    Family, InstanceName, Listen, ListenRange, Mark, PortRange, Protocol, SocketPath,
+};
 
 /// Names, listen addresses and targets of all instances.
 pub(super) fn check(source: &Source, lines: &[Line<'_>], found: &mut Diagnostics) {
@@ -66,8 +68,43 @@ fn check_names(source: &Source, lines: &[Line<'_>], found: &mut Diagnostics) {
     }
 }
 
-/// Who listens where.
-type Listeners<'l> = BTreeMap<(Protocol, SocketAddr), (&'l Line<'l>, Word<'l>)>;
+/// Who listens on a range of ports of an address: its first port and last, the line, the place in it.
+#[derive(Clone, Copy)]
+struct Listener<'l> {
+    range: ListenRange,
+    line: &'l Line<'l>,
+    word: Word<'l>,
+}
+
+/// Who listens where: per protocol and address disjoint ranges, by their first port.
+#[derive(Default)]
+struct Listeners<'l>(BTreeMap<(Protocol, SocketAddr), BTreeMap<u16, Listener<'l>>>);
+
+impl<'l> Listeners<'l> {
+    /// One that listens on some of these ports.
+    fn overlapping(&self, protocol: Protocol, range: ListenRange) -> Option<Listener<'l>> {
+        let of_address = self.0.get(&(protocol, without_port(range.first())))?;
+        let (_, last) = of_address.range(..=range.last()).next_back()?;
+        (last.range.last() >= range.first().port()).then_some(*last)
+    }
+
+    fn insert(&mut self, protocol: Protocol, listener: Listener<'l>) {
+        let first = listener.range.first();
+        let of_address = self.0.entry((protocol, without_port(first))).or_default();
+        of_address.insert(first.port(), listener);
+    }
+
+    fn all(&self) -> impl Iterator<Item = (Protocol, &Listener<'l>)> {
+        self.0
+            .iter()
+            .flat_map(|((protocol, _), ranges)| ranges.values().map(|one| (*protocol, one)))
+    }
+}
+
+fn without_port(mut addr: SocketAddr) -> SocketAddr {
+    addr.set_port(0);
+    addr
+}
 
 /// Only equal addresses are a mistake: Linux lets a wildcard and a specific address share a port when both
 /// have SO_REUSEPORT, and prefers the specific one, which may be meant.
@@ -76,49 +113,87 @@ fn check_listeners<'l>(
     lines: &'l [Line<'_>],
     found: &mut Diagnostics,
 ) -> Listeners<'l> {
-    let mut listeners: Listeners<'l> = BTreeMap::new();
+    let mut listeners = Listeners::default();
+    let mut paths: BTreeMap<&SocketPath, Word<'_>> = BTreeMap::new();
     for line in lines {
-        let Some((listen, word)) = line.listen else {
+        let Some((listen, word)) = &line.listen else {
             continue;
         };
-        let key = (line.protocol, listen.get());
-        if let Some((_, first)) = listeners.get(&key) {
+        let first = match (listen, listen.ports()) {
+            (Listen::Unix(path), _) => {
+                let first = paths.get(path).copied();
+                paths.entry(path).or_insert(*word);
+                first.map(|first| (first, listen.to_string()))
+            }
+            (_, None) => None,
+            (_, Some(range)) => match listeners.overlapping(line.protocol, range) {
+                Some(first) => Some((first.word, common(range, first.range))),
+                None => {
+                    let word = *word;
+                    listeners.insert(line.protocol, Listener { range, line, word });
+                    None
+                }
+            },
+        };
+        if let Some((first, what)) = first {
             found.push(
                 Diagnostic::error(
-                    source.position(word),
-                    format!("two instances listen on {listen} ({})", line.protocol),
+                    source.position(*word),
+                    format!("two instances listen on {what} ({})", line.protocol),
                     "an address or a port of its own",
                 )
-                .with(&source.position(*first), "the first one"),
+                .with(&source.position(first), "the first one"),
             );
-        } else {
-            listeners.insert(key, (line, word));
         }
     }
-    for ((protocol, addr), (_, word)) in &listeners {
-        if let Some((_, theirs)) = listeners
-            .get(&(*protocol, wildcard(*addr)))
-            .filter(|_| !addr.ip().is_unspecified())
-        {
+    for (protocol, one) in listeners.all() {
+        let everywhere = wildcard(one.range);
+        if one.range.ip().is_unspecified() {
+            continue;
+        }
+        if let Some(theirs) = listeners.overlapping(protocol, everywhere) {
+            let ports = overlap(one.range, theirs.range);
             found.push(
                 Diagnostic::warning(
-                    source.position(*word),
-                    format!("another instance listens on port {} of every address: what goes to {} comes here", addr.port(), addr.ip()),
+                    source.position(one.word),
+                    format!(
+                        "another instance listens on port {ports} of every address: what goes to {} comes here",
+                        one.range.ip()
+                    ),
                     "different ports, unless this is meant",
                 )
-                .with(&source.position(*theirs), "every address"),
+                .with(&source.position(theirs.word), "every address"),
             );
         }
     }
     listeners
 }
 
-fn wildcard(addr: SocketAddr) -> SocketAddr {
-    let ip = match addr {
+/// The ports that two ranges have in common, of those that have any.
+fn overlap(one: ListenRange, other: ListenRange) -> PortRange {
+    let first = one.first().port().max(other.first().port());
+    let last = one.last().min(other.last());
+    PortRange::new(first, last).unwrap_or(one.ports())
+}
+
+/// The same, with the address.
+fn common(one: ListenRange, other: ListenRange) -> String {
+    let ports = overlap(one, other);
+    let mut addr = one.first();
+    addr.set_port(ports.first());
+    match ports.count() {
+        1 => addr.to_string(),
+        _ => format!("{addr}-{}", ports.last()),
+    }
+}
+
+/// The same ports of every address of the family.
+fn wildcard(range: ListenRange) -> ListenRange {
+    let ip = match range.first() {
         SocketAddr::V4(_) => std::net::Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
     };
-    SocketAddr::new(ip, addr.port())
+    ListenRange::new(ip, range.ports())
 }
 
 /// A target that is a relay's own listener.
@@ -136,18 +211,30 @@ fn check_targets(
             Family::V4 => line.target4_word,
             Family::V6 => line.target6_word,
         };
-        let target = target.get();
-        // a loopback target is certainly on this host, where a wildcard listener takes it
-        let listener = listeners.get(&(line.protocol, target)).or_else(|| {
-            listeners
-                .get(&(line.protocol, wildcard(target)))
-                .filter(|_| target.ip().is_loopback())
-        });
-        let (Some(word), Some((other, listen))) = (word, listener) else {
+        let Some(ports) = instance.target_port_range(target) else {
             continue;
         };
-        let listen = source.position(*listen);
-        found.push(if std::ptr::eq(*other, line) {
+        let range = ListenRange::new(target.ip(), ports);
+        // a loopback target is certainly on this host, where a wildcard listener takes it
+        let listener = listeners.overlapping(line.protocol, range).or_else(|| {
+            listeners
+                .overlapping(line.protocol, wildcard(range))
+                .filter(|_| target.ip().is_loopback())
+        });
+        let target = range;
+        let (
+            Some(word),
+            Some(Listener {
+                line: other,
+                word: listen,
+                ..
+            }),
+        ) = (word, listener)
+        else {
+            continue;
+        };
+        let listen = source.position(listen);
+        found.push(if std::ptr::eq(other, line) {
             Diagnostic::error(
                 source.position(word),
                 format!("target {target} is where this instance itself listens"),

@@ -85,9 +85,12 @@ pub fn gather(asked: &[Asked], asker: &Asker) -> std::io::Result<Evidence> {
             return;
         };
         for (at, (asked, instance)) in asked.iter().zip(&mut instances).enumerate() {
-            let listen = asked.instance.listen.get().ip();
-            instance.listen_here =
-                listen.is_unspecified() || ask(&netlink, listen).await.is_local();
+            // a Unix socket is nowhere else
+            let listen = asked.instance.listen.ports().map(|range| range.ip());
+            instance.listen_here = match listen {
+                None => true,
+                Some(ip) => ip.is_unspecified() || ask(&netlink, ip).await.is_local(),
+            };
             for target in asked.instance.targets() {
                 let seen = routes(&netlink, &host, asked, target, at).await;
                 jobs.push(Job {
@@ -123,7 +126,7 @@ fn instance(asked: &Asked) -> Instance {
         name: asked.instance.name.to_string(),
         mark: asked.pathway.mark.get(),
         protocol: options.protocol.to_string(),
-        listen: Some(asked.instance.listen.get()),
+        listen: asked.instance.listen.ports().map(|range| range.first()),
         listen_here: true,
         keeps_ports: options.port == PortPolicy::Keep,
         max_connections: options.max_connections.map(|most| most.get()),

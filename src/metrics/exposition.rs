@@ -304,6 +304,20 @@ fn of_connections(writer: &mut Writer<'_, '_>) -> fmt::Result {
     writer.counter("connections_accepted", "Connections accepted", |totals| {
         totals.accepted
     })?;
+    let ports = (
+        "port_connections",
+        "Of an instance with a range of ports: connections accepted, or flows begun, at each to which any came",
+    );
+    writer.family(ports, None, MetricType::Counter, |family, all| {
+        for one in all {
+            for port in &one.ports {
+                let number = port.port.to_string();
+                let labels = [("instance", one.name.as_str()), ("port", &number)];
+                family.counter(labels, port.accepted)?;
+            }
+        }
+        Ok(())
+    })?;
     writer.counter(
         "connections_relayed",
         "Connections that reached the service",

@@ -1,10 +1,11 @@
 //! Addresses by the part they play, so that two of them cannot be swapped.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::ValueError;
 
@@ -97,12 +98,81 @@ role! {
     ClientAddr
 }
 role! {
-    /// The peer of an accepted connection: the trusted sender of the header.
-    ProxyAddr
-}
-role! {
     /// The local service that a connection is passed on to.
     TargetAddr
+}
+
+/// The peer of an accepted connection: the trusted sender of the header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ProxyAddr {
+    /// By its address, never IPv4-mapped.
+    Inet(SocketAddr),
+    /// A process of this host behind a Unix socket, by its pid; 0 where the kernel does not tell.
+    Local(u32),
+}
+
+impl ProxyAddr {
+    /// Takes an address for this part; `::ffff:a.b.c.d` becomes `a.b.c.d`.
+    pub fn new(addr: SocketAddr) -> Self {
+        Self::Inet(unmapped(addr))
+    }
+
+    /// The socket address; none of a process behind a Unix socket.
+    pub fn addr(self) -> Option<SocketAddr> {
+        match self {
+            Self::Inet(addr) => Some(addr),
+            Self::Local(_) => None,
+        }
+    }
+
+    /// The address without the port, which for a process of this host is 127.0.0.1: to count by, and
+    /// never to compare with an allow list.
+    pub fn ip(self) -> IpAddr {
+        match self {
+            Self::Inet(addr) => addr.ip(),
+            Self::Local(_) => Ipv4Addr::LOCALHOST.into(),
+        }
+    }
+}
+
+/// `100.64.0.1:4000`, or `unix:` and the pid.
+impl fmt::Display for ProxyAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inet(addr) => addr.fmt(f),
+            Self::Local(pid) => write!(f, "unix:{pid}"),
+        }
+    }
+}
+
+impl FromStr for ProxyAddr {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let parsed = match text.strip_prefix("unix:") {
+            Some(pid) => pid.parse().ok().map(Self::Local),
+            None => text.parse().ok().map(Self::new),
+        };
+        parsed.ok_or_else(|| {
+            ValueError::new(
+                format!("'{text}' is no proxy"),
+                "an address and a port, or unix: and a pid",
+            )
+        })
+    }
+}
+
+impl Serialize for ProxyAddr {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for ProxyAddr {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = Cow::<str>::deserialize(from)?;
+        text.parse().map_err(de::Error::custom)
+    }
 }
 
 /// Where an instance accepts connections. An IPv6 wildcard listens on IPv6 only.
@@ -189,6 +259,14 @@ mod tests {
         let client = ClientAddr::new("[::ffff:192.0.2.7]:80".parse().unwrap());
         assert_eq!(client.to_string(), "192.0.2.7:80");
         assert_eq!(client.family(), Family::V4);
+    }
+
+    #[test]
+    fn proxies_come_out_as_they_were() {
+        for text in ["10.0.0.2:5555", "[fd00::2]:1", "unix:4711"] {
+            assert_eq!(text.parse::<ProxyAddr>().unwrap().to_string(), text);
+        }
+        assert!("unix:me".parse::<ProxyAddr>().is_err());
     }
 
     #[test]

@@ -7,10 +7,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::Serialize;
 
 use super::duration::{self, Written};
-use super::{Family, ListenAddr, Mark, TargetAddr, ValueError};
+use super::{
+    Answers, Family, Listen, Mark, NamedTargets, PortRange, SocketMode, SocketOwner, TargetAddr,
+    ValueError,
+};
 
 /// The name of an instance: `[A-Za-z0-9][A-Za-z0-9._-]*`, which systemd can carry as `mmproxy@NAME`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -191,6 +195,22 @@ pub struct InstanceOptions {
     pub max_flows: Option<NonZeroU32>,
     /// `max-flows-per-proxy=`: of these, how many from one proxy address; three quarters unless said.
     pub max_flows_per_proxy: Option<NonZeroU32>,
+    /// `socket-mode=`: the permissions of a Unix socket's file; [`SocketMode::DEFAULT`] unless said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_mode: Option<SocketMode>,
+    /// `socket-owner=`: whom a Unix socket's file is given to; stays with the process's user unless said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_owner: Option<SocketOwner>,
+    /// `target=header` with these `destinations=`: the target is where the client wanted to go, as far as it is
+    /// in one of these prefixes. `None`: the target is the instance's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub destinations: Option<Vec<IpNet>>,
+    /// `resolve=`: how often targets that are names are looked up again; seconds in JSON.
+    #[serde(
+        serialize_with = "duration::serialize_option",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub resolve: Option<Duration>,
 }
 
 impl InstanceOptions {
@@ -220,8 +240,18 @@ impl InstanceOptions {
             max_connections: None,
             max_flows: None,
             max_flows_per_proxy: None,
+            socket_mode: None,
+            socket_owner: None,
+            destinations: None,
+            resolve: None,
         }
     }
+}
+
+/// Prefixes as `destinations=` has them.
+fn joined(prefixes: &[IpNet]) -> String {
+    let texts: Vec<String> = prefixes.iter().map(ToString::to_string).collect();
+    texts.join("+")
 }
 
 /// The options as instances.tsv has them: what differs from the defaults, comma-separated; empty when nothing does.
@@ -239,6 +269,10 @@ impl fmt::Display for InstanceOptions {
             max_connections,
             max_flows,
             max_flows_per_proxy,
+            socket_mode,
+            socket_owner,
+            destinations,
+            resolve,
         } = self;
         let default = Self::defaults(*protocol);
         let mut words = Vec::new();
@@ -275,8 +309,31 @@ impl fmt::Display for InstanceOptions {
         if let Some(count) = max_flows_per_proxy {
             words.push(format!("max-flows-per-proxy={count}"));
         }
+        if let Some(mode) = socket_mode {
+            words.push(format!("socket-mode={mode}"));
+        }
+        if let Some(owner) = socket_owner {
+            words.push(format!("socket-owner={owner}"));
+        }
+        if let Some(prefixes) = destinations {
+            words.push(format!("target=header,destinations={}", joined(prefixes)));
+        }
+        if let Some(interval) = resolve {
+            words.push(format!("resolve={}", Written(*interval)));
+        }
         f.write_str(&words.join(","))
     }
+}
+
+/// Which port of its target a connection goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TargetPorts {
+    /// The target's one port, whichever port it came to.
+    #[default]
+    One,
+    /// The port at the same place in the target's range as the one it came to in the listener's.
+    Parallel,
 }
 
 /// One relay, as configured. At least one target is there.
@@ -288,23 +345,93 @@ pub struct Instance {
     /// routing of the host's own leads every reply from loopback back.
     pub mark: Option<Mark>,
     /// Where it accepts.
-    pub listen: ListenAddr,
-    /// The target of IPv4 clients.
+    pub listen: Listen,
+    /// The target of IPv4 clients; of a range of ports the first.
     pub target4: Option<SocketAddrV4>,
-    /// The target of IPv6 clients.
+    /// The target of IPv6 clients; of a range of ports the first.
     pub target6: Option<SocketAddrV6>,
+    /// Which of the targets' ports a connection goes to.
+    pub target_ports: TargetPorts,
+    /// The targets that are names; their addresses are in `target4` and `target6` once they are known.
+    #[serde(skip_serializing_if = "NamedTargets::is_empty")]
+    pub named: NamedTargets,
     /// Everything else.
     pub options: InstanceOptions,
 }
 
 impl Instance {
-    /// The target of clients of a family, or `None` where that family is not served.
+    /// The targets with their ports as people write them, IPv4 first: names with the address they have.
+    pub fn target_texts(&self) -> Vec<String> {
+        let all = Family::BOTH.into_iter();
+        all.filter_map(|family| self.target_of(family)).collect()
+    }
+
+    /// That for clients of one family, or `None` where it is not served.
+    pub fn target_of(&self, family: Family) -> Option<String> {
+        if let Some(prefixes) = &self.options.destinations {
+            let of_family = |prefix: &&IpNet| Family::of(prefix.addr()) == family;
+            let some: Vec<IpNet> = prefixes.iter().filter(of_family).copied().collect();
+            return (!some.is_empty()).then(|| format!("header ({})", joined(&some)));
+        }
+        let target = self.target(family);
+        let Some(name) = self.named.of(family) else {
+            return target.map(|target| self.target_text(target));
+        };
+        Some(match target {
+            Some(target) => format!("{name} ({})", self.target_text(target)),
+            None => {
+                let first = SocketAddr::from(([0, 0, 0, 0], self.named.port));
+                match self.target_port_range(TargetAddr::new(first)) {
+                    Some(ports) => format!("{name}:{ports}"),
+                    None => name.to_string(),
+                }
+            }
+        })
+    }
+
+    /// How a target with its ports is written.
+    fn target_text(&self, target: TargetAddr) -> String {
+        match self.target_port_range(target) {
+            Some(ports) if ports.count() > 1 => format!("{target}-{}", ports.last()),
+            _ => target.to_string(),
+        }
+    }
+
+    /// The ports of one of its targets; `None` where the target has port 0.
+    pub fn target_port_range(&self, target: TargetAddr) -> Option<PortRange> {
+        let more = match (self.target_ports, self.listen.ports()) {
+            (TargetPorts::Parallel, Some(range)) => range.last() - range.first().port(),
+            _ => 0,
+        };
+        PortRange::new(target.port(), target.port().saturating_add(more))
+    }
+
+    /// The target of clients of a family, or `None` where that family is not served. Of a range of ports
+    /// with the first.
     pub fn target(&self, family: Family) -> Option<TargetAddr> {
         match family {
             Family::V4 => self.target4.map(SocketAddr::V4),
             Family::V6 => self.target6.map(SocketAddr::V6),
         }
         .map(TargetAddr::new)
+    }
+
+    /// The same with the addresses that its names have now.
+    pub fn with_answers(&self, answers: &Answers) -> Self {
+        let mut resolved = self.clone();
+        let port = self.named.port;
+        for (name, family) in self.named.wanted() {
+            let addr = answers
+                .of(&name, family)
+                .map(|ip| SocketAddr::new(ip, port));
+            match (family, addr) {
+                (Family::V4, Some(SocketAddr::V4(addr))) => resolved.target4 = Some(addr),
+                (Family::V4, _) => resolved.target4 = None,
+                (Family::V6, Some(SocketAddr::V6(addr))) => resolved.target6 = Some(addr),
+                (Family::V6, _) => resolved.target6 = None,
+            }
+        }
+        resolved
     }
 
     /// Every target there is, IPv4 first.

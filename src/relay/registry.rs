@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::header::{Header, Tlvs, Version};
+use super::header::{Endpoints, Header, Tlvs, Version};
 use super::settings::Settings;
 use super::view::{Connection, Ended, Filter, Reason, Stage};
 use crate::model::{ClientAddr, InstanceName, Mark, ProxyAddr, TargetAddr};
@@ -80,6 +80,24 @@ impl Packed {
     fn get(self) -> SocketAddr {
         SocketAddr::new(IpAddr::from(self.ip).to_canonical(), self.port)
     }
+
+    /// A process of this host is its pid in `::/96` at port 0, where no TCP peer ever is.
+    fn of_proxy(proxy: ProxyAddr) -> Self {
+        match proxy {
+            ProxyAddr::Inet(addr) => Self::new(addr),
+            ProxyAddr::Local(pid) => Self {
+                ip: u128::from(pid).to_be_bytes(),
+                port: 0,
+            },
+        }
+    }
+
+    fn proxy(self) -> ProxyAddr {
+        match u32::try_from(u128::from_be_bytes(self.ip)) {
+            Ok(pid) if self.port == 0 => ProxyAddr::Local(pid),
+            _ => ProxyAddr::new(self.get()),
+        }
+    }
 }
 
 /// What is known about one connection. Small on purpose: with its counts, an `Rc` of it fits the
@@ -95,6 +113,8 @@ pub(super) struct Entry {
     accepted: Moment,
     moved: Cell<Moment>,
     sent: OnceCell<Box<Sent>>,
+    /// At which it was accepted; 0 on a Unix socket.
+    port: u16,
     /// Where it stands in the registry's list.
     slot: Cell<u32>,
     /// The port of the socket towards the service; 0 as long as there is none.
@@ -110,16 +130,26 @@ pub(super) struct Entry {
 struct Sent {
     unique_id: Option<Box<[u8]>>,
     authority: Option<Box<str>>,
+    /// The destination, where it is the target.
+    asked: Option<TargetAddr>,
 }
 
 impl Entry {
     /// Where it goes, once the client is known.
     pub(super) fn target(&self) -> Option<TargetAddr> {
-        self.settings.target(self.client()?.family())
+        if self.settings.destinations.is_some() {
+            return self.sent.get()?.asked;
+        }
+        self.settings.target_at(self.client()?.family(), self.port)
     }
 
     pub(super) fn proxy(&self) -> ProxyAddr {
-        ProxyAddr::new(self.proxy.get())
+        self.proxy.proxy()
+    }
+
+    /// The port at which it was accepted; 0 on a Unix socket.
+    pub(super) fn port(&self) -> u16 {
+        self.port
     }
 
     /// The client, where the header named one already.
@@ -132,7 +162,13 @@ impl Entry {
         self.client.set(Packed::new(client.get()));
         self.version.set(Some(header.version));
         self.stage.set(Stage::Connecting);
-        if let Some(sent) = sent(header.tlvs) {
+        let asked = match header.endpoints {
+            Endpoints::Proxied { destination, .. } if self.settings.destinations.is_some() => {
+                Some(TargetAddr::new(destination))
+            }
+            _ => None,
+        };
+        if let Some(sent) = sent(header.tlvs, asked) {
             // a connection has one header: the cell is empty
             let _ = self.sent.set(Box::new(sent));
         }
@@ -200,7 +236,8 @@ impl Entry {
             mark: settings.mark.map_or(0, Mark::get),
             stage: self.stage.get(),
             client: client.map(ClientAddr::get),
-            proxy: self.proxy.get(),
+            proxy: self.proxy(),
+            port: (self.port != 0).then_some(self.port),
             local,
             target: self.target().map(TargetAddr::get),
             age_ms: now.since(self.accepted),
@@ -218,15 +255,16 @@ impl Entry {
     }
 }
 
-fn sent(tlvs: Tlvs<'_>) -> Option<Sent> {
+fn sent(tlvs: Tlvs<'_>, asked: Option<TargetAddr>) -> Option<Sent> {
     let unique_id = tlvs.unique_id().map(Box::from);
     let authority = tlvs.authority().map(|name| {
         let end = name.floor_char_boundary(MAX_AUTHORITY);
         Box::from(&name[..end])
     });
-    (unique_id.is_some() || authority.is_some()).then_some(Sent {
+    (unique_id.is_some() || authority.is_some() || asked.is_some()).then_some(Sent {
         unique_id,
         authority,
+        asked,
     })
 }
 
@@ -355,14 +393,15 @@ impl Default for Registry {
 
 impl Registry {
     /// A connection was accepted.
-    pub(super) fn enter(&self, proxy: ProxyAddr, settings: Arc<Settings>) -> Rc<Entry> {
+    pub(super) fn enter(&self, proxy: ProxyAddr, port: u16, settings: Arc<Settings>) -> Rc<Entry> {
         let mut open = self.open.borrow_mut();
         let number = self.next.get();
         self.next.set(number.wrapping_add(1));
         let now = Moment::now();
         let entry = Rc::new(Entry {
             settings,
-            proxy: Packed::new(proxy.get()),
+            proxy: Packed::of_proxy(proxy),
+            port,
             client: Cell::new(Packed::NONE),
             bytes: Cell::new((0, 0)),
             accepted: now,
@@ -479,6 +518,20 @@ mod tests {
         ] {
             let addr: SocketAddr = text.parse().unwrap();
             assert_eq!(Packed::new(addr).get(), addr);
+        }
+    }
+
+    #[test]
+    fn packed_proxies_come_out_as_they_were() {
+        for text in [
+            "192.0.2.7:1",
+            "[::1]:1",
+            "[2001:db8::7]:40000",
+            "unix:0",
+            "unix:4711",
+        ] {
+            let proxy: ProxyAddr = text.parse().unwrap();
+            assert_eq!(Packed::of_proxy(proxy).proxy(), proxy);
         }
     }
 

@@ -22,7 +22,8 @@ use super::settings::Settings;
 use super::udp::counters::Dropped;
 use super::view::Reason;
 use super::worker::{Conn, Worker};
-use crate::model::{ClientAddr, Family, Mark, ProxyAddr, TargetAddr};
+use crate::model::{ClientAddr, Endpoint, Family, Mark, NamedTargets, ProxyAddr, TargetAddr};
+use crate::socket::stream::StreamListener;
 use crate::socket::udp::{Bound, udp_bound};
 use crate::socket::{Failure, SpoofError};
 
@@ -66,7 +67,7 @@ pub struct LastError {
     /// Seconds since 1970.
     pub at: u64,
     /// The proxy's address.
-    pub proxy: SocketAddr,
+    pub proxy: ProxyAddr,
     /// The client's, where it was known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<SocketAddr>,
@@ -162,7 +163,7 @@ impl Limiter {
                     at: SystemTime::now()
                         .duration_since(UNIX_EPOCH)
                         .map_or(0, |since| since.as_secs()),
-                    proxy: proxy.get(),
+                    proxy,
                     client: client.map(ClientAddr::get),
                     message: message.to_string(),
                     kind: subject.name().to_owned(),
@@ -216,12 +217,15 @@ impl Limiter {
     /// One line about a listener that cannot accept for now.
     pub(super) fn warn_about_listener(
         &self,
-        listener: &std::net::TcpListener,
+        listener: &StreamListener,
         message: &dyn fmt::Display,
     ) {
-        let addr = listener.local_addr().ok();
-        let about = addr.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |addr| addr.ip());
-        let listen = addr.map(display);
+        let endpoint = listener.endpoint().ok();
+        let about = match &endpoint {
+            Some(Endpoint::Inet(addr)) => addr.ip(),
+            _ => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        };
+        let listen = endpoint.map(display);
         if let Admission::Say(more) = self.admit(Subject::AcceptPaused, about, Instant::now()) {
             warn!(listen, "{message}{}", AndMore(more));
         }
@@ -352,8 +356,18 @@ pub(super) fn header_timeout(received: &[u8], limit: Duration) -> String {
     )
 }
 
+/// A destination in a header that is not to be connected to.
+pub(super) fn refused_destination(asked: Option<SocketAddr>) -> String {
+    match asked {
+        Some(asked) => format!(
+            "refused: the destination {asked} in the PROXY header is in none of destinations=, or not of the client's family"
+        ),
+        None => "refused: the PROXY header names no destination (LOCAL or UNKNOWN)".to_owned(),
+    }
+}
+
 /// Why a client address is refused.
-pub(super) fn refused_client(refusal: Refusal, family: Family) -> String {
+pub(super) fn refused_client(refusal: Refusal, family: Family, named: &NamedTargets) -> String {
     match refusal {
         Refusal::ClientUnspecified => "refused: the client address is unspecified",
         Refusal::ClientLoopback => {
@@ -365,6 +379,11 @@ pub(super) fn refused_client(refusal: Refusal, family: Family) -> String {
             "refused: the client address is link-local, which means nothing without its interface"
         }
         Refusal::FamilyNotServed => {
+            if let Some(name) = named.of(family) {
+                return format!(
+                    "refused: the target {name} has no {family} address: the log says why it is not resolved"
+                );
+            }
             return format!("refused: the instance has no {family} target for this client");
         }
         other => return format!("refused: {}", other.name()),

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::counters::Totals;
+use super::ports::Port;
 use super::report::LastError;
 use super::settings::Settings;
 use super::view::Query;
@@ -47,7 +48,7 @@ impl Server {
         Ok(match instance.options.protocol {
             Protocol::Tcp => {
                 let of_kind = |socket| match socket {
-                    Listening::Tcp(listener) => Some(listener),
+                    Listening::Stream(listener) => Some(listener),
                     Listening::Udp(_) => None,
                 };
                 let listeners = sockets.filter_map(of_kind).collect();
@@ -57,7 +58,7 @@ impl Server {
             Protocol::Udp => {
                 let of_kind = |socket| match socket {
                     Listening::Udp(socket) => Some(socket),
-                    Listening::Tcp(_) => None,
+                    Listening::Stream(_) => None,
                 };
                 let listeners = sockets.filter_map(of_kind).collect();
                 let settings = udp::Settings::of(instance, allow);
@@ -74,13 +75,21 @@ impl Server {
         Ok(match self {
             Self::Tcp(server) => {
                 let listeners = server.listeners()?.into_iter();
-                listeners.map(Listening::Tcp).collect()
+                listeners.map(Listening::Stream).collect()
             }
             Self::Udp(server) => {
                 let listeners = server.listeners()?.into_iter();
                 listeners.map(Listening::Udp).collect()
             }
         })
+    }
+
+    /// What came to each port of a range.
+    pub fn ports(&self) -> Vec<Port> {
+        match self {
+            Self::Tcp(server) => server.ports(),
+            Self::Udp(server) => server.ports(),
+        }
     }
 
     /// Treats what comes from here on by the instance's new line, of the same protocol.

@@ -1,11 +1,16 @@
 //! What one relay is told: values only, nothing that was read from a file here.
 
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
+
+use super::counters::Refusal;
 use crate::model::{
-    AllowList, Family, Instance, InstanceName, InstanceOptions, Mark, PortPolicy, TargetAddr,
+    AllowList, ClientAddr, Family, Instance, InstanceName, InstanceOptions, Mark, NamedTargets,
+    PortPolicy, TargetAddr, TargetPorts,
 };
 
 /// How one relay treats its connections.
@@ -19,7 +24,15 @@ pub struct Settings {
     pub target4: Option<TargetAddr>,
     /// Where IPv6 clients go; `None` refuses them.
     pub target6: Option<TargetAddr>,
-    /// The proxies that are believed.
+    /// The target is the header's destination, in one of these prefixes.
+    pub destinations: Option<Arc<[IpNet]>>,
+    /// The targets that are names, for the message about one that has no address yet.
+    pub named: NamedTargets,
+    /// Where a range of ports is listened on and each goes to a port of its own: the first of the listener's,
+    /// which stands for the targets' ports as they are here.
+    pub first_port: Option<u16>,
+    /// The proxies that are believed; not asked about a process behind a Unix socket, whose file's permissions
+    /// let it in.
     pub allow: Arc<AllowList>,
     /// How long a proxy may take to send its header.
     pub header_timeout: Duration,
@@ -55,6 +68,12 @@ impl Settings {
             mark: instance.mark,
             target4: instance.target(Family::V4),
             target6: instance.target(Family::V6),
+            destinations: instance.options.destinations.as_deref().map(Arc::from),
+            named: instance.named.clone(),
+            first_port: match instance.target_ports {
+                TargetPorts::One => None,
+                TargetPorts::Parallel => instance.listen.ports().map(|range| range.first().port()),
+            },
             allow,
             header_timeout,
             connect_timeout,
@@ -65,7 +84,46 @@ impl Settings {
         }
     }
 
-    /// Where clients of a family go.
+    /// Where a client goes that came to this port and asked the proxy for this destination, if the header says so.
+    pub(super) fn target_for(
+        &self,
+        client: ClientAddr,
+        asked: Option<SocketAddr>,
+        port: u16,
+    ) -> Result<TargetAddr, Refusal> {
+        let Some(allowed) = &self.destinations else {
+            let target = self.target_at(client.family(), port);
+            return target.ok_or(Refusal::FamilyNotServed);
+        };
+        let asked = asked.map(TargetAddr::new);
+        let reachable = |asked: &TargetAddr| {
+            let ip = asked.ip();
+            let nowhere = match ip {
+                IpAddr::V4(v4) => v4.is_broadcast() || v4.octets()[0] == 0,
+                IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.is_unspecified(),
+            };
+            let within = allowed.iter().any(|prefix| prefix.contains(&ip));
+            within && !nowhere && !ip.is_multicast() && asked.port() != 0
+        };
+        match asked.filter(reachable) {
+            Some(target) if target.family() == client.family() => Ok(target),
+            _ => Err(Refusal::DestinationRefused),
+        }
+    }
+
+    /// Where clients of a family go that came to this port.
+    pub fn target_at(&self, family: Family, port: u16) -> Option<TargetAddr> {
+        let target = self.target(family)?;
+        let Some(first) = self.first_port else {
+            return Some(target);
+        };
+        let mut addr = target.get();
+        // both ranges are of one length and end within the ports there are
+        addr.set_port(addr.port().saturating_add(port.saturating_sub(first)));
+        Some(TargetAddr::new(addr))
+    }
+
+    /// Where clients of a family go, of a range of ports with the first.
     pub fn target(&self, family: Family) -> Option<TargetAddr> {
         match family {
             Family::V4 => self.target4,

@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::future::Future;
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -23,7 +24,7 @@ use super::header::{self, Decoded, Endpoints, HeaderError, Transport};
 use super::report::{self, ConnectError, Subject};
 use super::view::Reason;
 use super::worker::Conn;
-use crate::model::{ClientAddr, TargetAddr};
+use crate::model::{ClientAddr, ProxyAddr, TargetAddr};
 use crate::socket::{self, Spoof, Spoofed};
 
 /// The rest of a set-up that has to wait; `None` when the connection is over.
@@ -54,7 +55,12 @@ enum Verdict {
 
 /// Does everything that needs no wait.
 pub(super) fn begin(conn: &Conn, cx: &mut Context<'_>, mut client: TcpStream) -> Begun {
-    if !conn.settings().allow.allows(conn.entry.proxy().ip()) {
+    // a process that could open the socket's file was let in by its permissions
+    let trusted = match conn.entry.proxy() {
+        ProxyAddr::Inet(addr) => conn.settings().allow.allows(addr.ip()),
+        ProxyAddr::Local(_) => true,
+    };
+    if !trusted {
         refuse(
             conn,
             Refusal::ProxyNotAllowed,
@@ -201,12 +207,25 @@ fn judge(conn: &Conn, received: &[u8]) -> Verdict {
             return Verdict::Refused;
         }
         Ok(Decoded::Complete { header, length }) => {
-            let client = match header.endpoints {
-                Endpoints::Proxied { client, .. } => client,
-                Endpoints::Local => ClientAddr::new(conn.entry.proxy().get()),
+            let (client, asked) = match (header.endpoints, conn.entry.proxy()) {
+                (
+                    Endpoints::Proxied {
+                        client,
+                        destination,
+                    },
+                    _,
+                ) => (client, Some(destination)),
+                (Endpoints::Local, ProxyAddr::Inet(proxy)) => (ClientAddr::new(proxy), None),
+                // nobody whom the service could be shown, and nothing to be said about every few seconds
+                (Endpoints::Local, proxy @ ProxyAddr::Local(_)) => {
+                    conn.counters.empty.add(1);
+                    conn.entry.ends(Reason::Empty);
+                    debug!(proxy.addr = %proxy, "no client in the header of a proxy on this host: a health check");
+                    return Verdict::Refused;
+                }
             };
             conn.entry.has_header(&header, client);
-            (client, &received[length..])
+            ((client, asked), &received[length..])
         }
         Err(error) => {
             let kind = match error {
@@ -218,24 +237,35 @@ fn judge(conn: &Conn, received: &[u8]) -> Verdict {
             return Verdict::Refused;
         }
     };
-    open(conn, client, surplus).map_or(Verdict::Refused, Verdict::Opened)
+    let (client, asked) = client;
+    open(conn, client, asked, surplus).map_or(Verdict::Refused, Verdict::Opened)
 }
 
 /// Begins the spoofed connection and hands over the surplus if the service takes it at once.
-fn open(conn: &Conn, client: ClientAddr, surplus: &[u8]) -> Option<Opened> {
+fn open(
+    conn: &Conn,
+    client: ClientAddr,
+    asked: Option<SocketAddr>,
+    surplus: &[u8],
+) -> Option<Opened> {
     let settings = conn.settings();
     let family = client.family();
     let began = Instant::now();
     let refused = |kind| {
-        let message = report::refused_client(kind, family);
+        let message = report::refused_client(kind, family, &settings.named);
         refuse(conn, kind, &message);
         None
     };
     if let Some(kind) = client::refusal(client.ip()) {
         return refused(kind);
     }
-    let Some(to) = settings.target(family) else {
-        return refused(Refusal::FamilyNotServed);
+    let to = match settings.target_for(client, asked, conn.entry.port()) {
+        Ok(to) => to,
+        Err(kind @ Refusal::DestinationRefused) => {
+            refuse(conn, kind, &report::refused_destination(asked));
+            return None;
+        }
+        Err(kind) => return refused(kind),
     };
     let spoofed = socket::spoofed_tcp(&Spoof {
         client,

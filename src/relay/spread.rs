@@ -9,13 +9,14 @@
 //! grows with them, and handing over becomes rare. Where connections come and go within the second, the
 //! next ones even it out by themselves, and handing over, a wake-up of another thread each, would only cost.
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::mpsc;
 
 use super::counters::Counters;
+use crate::model::ProxyAddr;
 
 /// By what part of the least busy worker's connections another may have more.
 const ALLOWANCE: u64 = 4;
@@ -34,7 +35,9 @@ pub(super) enum Turnover {
 pub(super) struct Accepted {
     /// Non-blocking.
     pub(super) socket: TcpStream,
-    pub(super) peer: SocketAddr,
+    pub(super) peer: ProxyAddr,
+    /// The port that it came to; 0 on a Unix socket.
+    pub(super) port: u16,
 }
 
 /// Where each worker of a relay gets connections from the others.
@@ -120,7 +123,11 @@ mod tests {
     fn accepted(listener: &TcpListener) -> Accepted {
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (socket, peer) = listener.accept().unwrap();
-        Accepted { socket, peer }
+        Accepted {
+            socket,
+            peer: ProxyAddr::new(peer),
+            port: 0,
+        }
     }
 
     /// All land on worker 0 by the hash; counts as the workers would.

@@ -4,7 +4,6 @@
 //! Owns: starting and draining it, changing what it is told. Must not know: configuration, signals, routing.
 
 use std::io;
-use std::net::TcpListener;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,12 +12,14 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::counters::{Counters, Totals};
+use super::ports::{Port, Ports};
 use super::report::{LastError, Limiter};
 use super::settings::Settings;
 use super::spread::{Arrivals, Spread};
 use super::view::Query;
 use super::worker::{Common, Worker, accept_from, take_queue};
 use super::workers::{Shared, Workers};
+use crate::socket::stream::{Acceptor, StreamListener};
 
 /// Why a relay could not start, or ended by itself.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +52,7 @@ enum Phase {
 pub struct Server {
     phase: watch::Sender<Phase>,
     common: Arc<Common>,
-    listeners: Mutex<Vec<TcpListener>>,
+    listeners: Mutex<Vec<Arc<StreamListener>>>,
     ended: tokio::sync::Mutex<mpsc::UnboundedReceiver<Result<(), Error>>>,
     queries: Vec<mpsc::UnboundedSender<Query>>,
 }
@@ -59,22 +60,33 @@ pub struct Server {
 impl Server {
     /// Starts relaying what arrives at the listeners, which are bound, listening and non-blocking.
     ///
-    /// The listeners are dealt out to the workers one by one; it takes no more workers than listeners.
+    /// The listeners are dealt out to the workers one by one; it takes no more workers than listeners, but
+    /// for a Unix socket, of which there can be only one: its worker deals the connections out to all.
     ///
     /// # Errors
     /// When descriptors run out.
     pub fn start(
         workers: &Workers,
-        listeners: Vec<TcpListener>,
+        listeners: Vec<impl Into<StreamListener>>,
         settings: Settings,
     ) -> Result<Self, Error> {
-        let chosen: Vec<usize> = workers.pick(listeners.len()).collect();
-        let mut shares: Vec<Vec<TcpListener>> = chosen.iter().map(|_| Vec::new()).collect();
+        // one descriptor for the worker and for whoever is handed the listener next
+        let listeners: Vec<Arc<StreamListener>> = listeners
+            .into_iter()
+            .map(|one| Arc::new(one.into()))
+            .collect();
+        let is_unix =
+            |listener: &Arc<StreamListener>| matches!(**listener, StreamListener::Unix(_));
+        let wanted = match listeners.iter().any(is_unix) {
+            true => workers.count(),
+            false => listeners.len(),
+        };
+        let chosen: Vec<usize> = workers.pick(wanted).collect();
+        let mut shares: Vec<Vec<Arc<StreamListener>>> = chosen.iter().map(|_| Vec::new()).collect();
         for (number, listener) in listeners.iter().enumerate() {
-            // the same socket: the caller's side is kept to be handed over to whoever comes next
-            let share = listener.try_clone().map_err(Error::Start)?;
-            shares[number % chosen.len()].push(share);
+            shares[number % chosen.len()].push(Arc::clone(listener));
         }
+        let ports = Ports::of(&listeners).map_err(Error::Start)?;
         let counters: Vec<Arc<Counters>> = chosen.iter().map(|_| Arc::default()).collect();
         let (spread, arrivals) = Spread::new(&counters);
         let (report, ended) = mpsc::unbounded_channel();
@@ -88,6 +100,7 @@ impl Server {
                 last_error: Mutex::default(),
                 limiter: Limiter::default(),
                 spread,
+                ports,
             }),
             listeners: Mutex::new(listeners),
             ended: tokio::sync::Mutex::new(ended),
@@ -147,16 +160,21 @@ impl Server {
         self.counters().iter().map(|of| of.read()).sum()
     }
 
+    /// How many connections came to each port of a range, of those to which any came.
+    pub fn ports(&self) -> Vec<Port> {
+        self.common.ports.read()
+    }
+
     /// The listening sockets, once more, for whoever listens next; none once it drains.
     ///
     /// # Errors
     /// When descriptors run out.
-    pub fn listeners(&self) -> io::Result<Vec<TcpListener>> {
+    pub fn listeners(&self) -> io::Result<Vec<StreamListener>> {
         let listeners = self
             .listeners
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        listeners.iter().map(TcpListener::try_clone).collect()
+        listeners.iter().map(|one| one.try_clone()).collect()
     }
 
     /// Treats what is accepted from here on as told; open connections keep their target, mark and idle
@@ -212,7 +230,7 @@ impl Drop for Outcome {
 /// What one worker gets of a relay.
 struct Part {
     number: usize,
-    listeners: Vec<TcpListener>,
+    listeners: Vec<Arc<StreamListener>>,
     arrivals: Arrivals,
     queries: mpsc::UnboundedReceiver<Query>,
 }
@@ -232,7 +250,11 @@ async fn work(
     } = part;
     let worker = Worker::new(shared, common, number);
     tokio::task::spawn_local(Rc::clone(&worker).answer(queries));
-    let listeners: Vec<_> = listeners.into_iter().map(Rc::new).collect();
+    let listeners = listeners
+        .into_iter()
+        .map(|listener| Acceptor::new(listener).map(Rc::new))
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(Error::Start)?;
     let mut accepting = JoinSet::new();
     for listener in &listeners {
         accepting.spawn_local(accept_from(Rc::clone(&worker), Rc::clone(listener)));
@@ -240,7 +262,7 @@ async fn work(
     // each branch can be dropped and tried again: nothing is taken before it is chosen
     loop {
         tokio::select! {
-            failed = accepting.join_next() => return Err(match failed {
+            failed = accepting.join_next(), if !accepting.is_empty() => return Err(match failed {
                 Some(Ok(source)) => Error::Listener { instance: worker.settings().name.to_string(), source },
                 _ => Error::Panicked,
             }),

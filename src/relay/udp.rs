@@ -32,6 +32,7 @@ use tracing::warn;
 use self::counters::{Counters, Totals};
 use self::registry::Registry;
 use self::worker::{Common, Worker};
+use super::ports::{Port, Ports};
 use super::report::{LastError, Limiter};
 use super::settings;
 use super::view::Query;
@@ -136,7 +137,7 @@ enum Phase {
 pub struct Server {
     phase: watch::Sender<Phase>,
     common: Arc<Common>,
-    listeners: Mutex<Vec<UdpSocket>>,
+    listeners: Mutex<Vec<Arc<UdpSocket>>>,
     queries: Vec<mpsc::UnboundedSender<Query>>,
     ended: tokio::sync::Mutex<mpsc::UnboundedReceiver<Result<(), Error>>>,
 }
@@ -161,12 +162,14 @@ impl Server {
         }
         warn_of_wildcard_services(&settings);
         let chosen: Vec<usize> = workers.pick(listeners.len()).collect();
-        let mut shares: Vec<Vec<UdpSocket>> = chosen.iter().map(|_| Vec::new()).collect();
+        // one descriptor for the worker and for whoever is handed the socket next
+        let listeners: Vec<Arc<UdpSocket>> = listeners.into_iter().map(Arc::new).collect();
+        let mut shares: Vec<Vec<Arc<UdpSocket>>> = chosen.iter().map(|_| Vec::new()).collect();
         for (number, listener) in listeners.iter().enumerate() {
-            // the same socket: the caller's side is kept to be handed over to whoever comes next
-            let share = listener.try_clone().map_err(Error::Start)?;
-            shares[number % chosen.len()].push(share);
+            shares[number % chosen.len()].push(Arc::clone(listener));
         }
+        let ports = listeners.iter().map(|one| Ok(one.local_addr()?.port()));
+        let ports: Vec<u16> = ports.collect::<io::Result<_>>().map_err(Error::Start)?;
         let registry = Registry::new(chosen.len()).map_err(|errno| Error::Start(errno.into()))?;
         let (report, ended) = mpsc::unbounded_channel();
         let mut server = Self {
@@ -177,6 +180,7 @@ impl Server {
                 limiter: Limiter::default(),
                 last_error: Mutex::default(),
                 registry,
+                ports: Ports::from_ports(&ports),
                 started: Instant::now(),
             }),
             listeners: Mutex::new(listeners),
@@ -244,6 +248,11 @@ impl Server {
         self.counters().iter().map(|of| of.read()).sum()
     }
 
+    /// How many flows began at each port of a range, of those at which any did.
+    pub fn ports(&self) -> Vec<Port> {
+        self.common.ports.read()
+    }
+
     /// The listening sockets, once more, for whoever listens next; none once it drains.
     ///
     /// # Errors
@@ -253,7 +262,7 @@ impl Server {
             .listeners
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        listeners.iter().map(UdpSocket::try_clone).collect()
+        listeners.iter().map(|one| one.try_clone()).collect()
     }
 
     /// Treats what comes from here on as told; flows keep their target and mark until they end.

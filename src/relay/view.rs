@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::counters::{ConnectFailure, Refusal};
+use crate::model::ProxyAddr;
 
 /// Which connections are meant; what is `None` does not restrict.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,7 +26,7 @@ pub struct Filter {
     /// either is what a service may have logged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_port: Option<u16>,
-    /// The proxy's address is in this prefix.
+    /// The proxy's address is in this prefix; that of a process behind a Unix socket is in none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proxy: Option<IpNet>,
     /// Nothing has moved for this many milliseconds or more.
@@ -46,7 +47,7 @@ impl Filter {
         }
         self.id.is_none_or(|id| id == connection.id)
             && within(self.client, connection.client.map(|client| client.ip()))
-            && within(self.proxy, Some(connection.proxy.ip()))
+            && within(self.proxy, connection.proxy.addr().map(|proxy| proxy.ip()))
             && self.client_port.is_none_or(|port| {
                 let is = |addr: Option<SocketAddr>| addr.is_some_and(|addr| addr.port() == port);
                 is(connection.client) || is(connection.local)
@@ -93,7 +94,10 @@ pub struct Connection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<SocketAddr>,
     /// The sender of the header.
-    pub proxy: SocketAddr,
+    pub proxy: ProxyAddr,
+    /// The port at which it was accepted; absent on a Unix socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
     /// The relay's own socket towards the service: the client's address, and its port unless that was taken.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local: Option<SocketAddr>,
@@ -205,6 +209,7 @@ mod tests {
             stage: Stage::Relaying,
             client: Some("203.0.113.7:40000".parse().unwrap()),
             proxy: "10.0.0.1:5555".parse().unwrap(),
+            port: Some(2222),
             local: Some("203.0.113.7:61000".parse().unwrap()),
             target: Some("127.0.0.1:22".parse().unwrap()),
             age_ms: 10,

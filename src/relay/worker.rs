@@ -6,7 +6,6 @@
 
 use std::future::Future;
 use std::io;
-use std::net::TcpListener;
 use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -16,13 +15,13 @@ use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use nix::errno::Errno;
-use tokio::io::{Interest, unix::AsyncFd};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 use tracing::{Span, debug, info_span, warn};
 
 use super::copy::{self, End, Pair, Side};
 use super::counters::{Counters, Refusal};
+use super::ports::Ports;
 use super::registry::{Entry, Registry};
 use super::report::{self, LastError, Limiter, Subject};
 use super::settings::Settings;
@@ -32,6 +31,7 @@ use super::view::{Ask, Query, Reason};
 use super::workers::Shared;
 use crate::model::ProxyAddr;
 use crate::socket;
+use crate::socket::stream::Acceptor;
 
 /// After how many accepts in a row the connections get their turn.
 const ACCEPTS_PER_TURN: u32 = 32;
@@ -51,6 +51,7 @@ pub(super) struct Common {
     pub(super) last_error: Mutex<Option<LastError>>,
     pub(super) limiter: Limiter,
     pub(super) spread: Spread,
+    pub(super) ports: Ports,
 }
 
 /// What the connections of one relay on one thread share.
@@ -162,41 +163,26 @@ impl Worker {
 /// once more on the thread that it is handed over to, would cost each of these four system calls.
 ///
 /// Cancel-safe: a connection is taken off the queue and spawned, or handed over, without a wait between.
-pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<TcpListener>) -> io::Error {
-    // SAFETY: the listener owns its descriptor, and whoever shares it only borrows it
-    #[expect(
-        unsafe_code,
-        reason = "tokio's own listener registers what it accepts, wanted or not"
-    )]
-    let watched = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) };
-    let listener = match watched {
-        Ok(listener) => listener,
-        Err(refused) => return refused.into(),
-    };
+pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<Acceptor>) -> io::Error {
+    let port = listener.port();
     let mut pause = FIRST_PAUSE;
     loop {
-        let mut ready = match listener.readable().await {
+        let mut ready = match listener.ready().await {
             Ok(ready) => ready,
             Err(error) => return error,
         };
         let mut taken = 0;
         while taken < ACCEPTS_PER_TURN {
             taken += 1;
-            let error = match ready.try_io(|listener| socket::accept(listener.get_ref())) {
-                Ok(Ok((client, peer))) => {
+            let error = match ready.accept() {
+                Some(Ok((socket, peer))) => {
                     pause = FIRST_PAUSE;
-                    deal(
-                        &worker,
-                        Accepted {
-                            socket: client,
-                            peer,
-                        },
-                    );
+                    deal(&worker, Accepted { socket, peer, port });
                     continue;
                 }
-                Ok(Err(error)) => error,
+                Some(Err(error)) => error,
                 // all taken: readiness is cleared
-                Err(_would_block) => break,
+                None => break,
             };
             match Trouble::of(&error) {
                 Trouble::Connection => {
@@ -207,7 +193,7 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<TcpListener>) -
                     if pause == FIRST_PAUSE {
                         let _named = worker.span.enter();
                         worker.common.limiter.warn_about_listener(
-                            listener.get_ref(),
+                            listener.listener(),
                             &format_args!("accepting pauses: {error}: raise LimitNOFILE or set max-connections"),
                         );
                     }
@@ -226,10 +212,11 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<TcpListener>) -
 
 /// Takes what the kernel has completed already, before the listener is closed: it would reset them.
 /// Never waits.
-pub(super) fn take_queue(worker: &Rc<Worker>, listener: &TcpListener) {
+pub(super) fn take_queue(worker: &Rc<Worker>, listener: &Acceptor) {
+    let port = listener.port();
     loop {
-        match socket::accept(listener) {
-            Ok((socket, peer)) => deal(worker, Accepted { socket, peer }),
+        match listener.accept_now() {
+            Ok((socket, peer)) => deal(worker, Accepted { socket, peer, port }),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) if Trouble::of(&error) == Trouble::Connection => {}
             Err(error) => {
@@ -277,7 +264,8 @@ fn deal(worker: &Rc<Worker>, accepted: Accepted) {
     }
 }
 
-fn adopt(worker: &Rc<Worker>, Accepted { socket, peer }: Accepted) {
+fn adopt(worker: &Rc<Worker>, accepted: Accepted) {
+    let Accepted { socket, peer, port } = accepted;
     let client = match TcpStream::from_std(socket) {
         Ok(client) => client,
         Err(error) => {
@@ -285,9 +273,10 @@ fn adopt(worker: &Rc<Worker>, Accepted { socket, peer }: Accepted) {
             return;
         }
     };
+    let proxy = peer;
     worker.counters.accepted.add(1);
-    let proxy = ProxyAddr::new(peer);
-    let Some(live) = Live::new(worker, proxy) else {
+    worker.common.ports.count(port);
+    let Some(live) = Live::new(worker, proxy, port) else {
         worker.counters.refuse(Refusal::TooManyConnections);
         let _named = worker.span.enter();
         report::warn_about(
@@ -330,7 +319,7 @@ impl Deref for Conn {
 struct Live(Conn);
 
 impl Live {
-    fn new(worker: &Rc<Worker>, proxy: ProxyAddr) -> Option<Self> {
+    fn new(worker: &Rc<Worker>, proxy: ProxyAddr, port: u16) -> Option<Self> {
         if !worker.may_open() {
             return None;
         }
@@ -339,7 +328,7 @@ impl Live {
             worker: Rc::clone(worker),
             entry: worker
                 .registry
-                .enter(proxy, worker.common.settings.load_full()),
+                .enter(proxy, port, worker.common.settings.load_full()),
         }))
     }
 }

@@ -1,55 +1,86 @@
 //! The sockets that instances listen with, of either protocol: made, passed on, taken over.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{TcpListener, UdpSocket};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 
 use nix::errno::Errno;
 use socket2::{Domain, Socket, Type};
 
+use super::stream::StreamListener;
 use super::udp::{one_more_udp_listener, udp_listeners};
-use super::{Failure, ListenError, adopt_listener, sharing_listener, tcp_listeners};
-use crate::model::{ListenAddr, Protocol};
+use super::unix::unix_listener;
+use super::{Failure, adopt_listener, sharing_listener, tcp_listeners};
+use crate::model::{Endpoint, InstanceOptions, ListenAddr, Protocol, SocketMode};
 
 /// A bound socket.
 #[derive(Debug)]
 pub enum Listening {
-    /// Listening.
-    Tcp(TcpListener),
+    /// Listening for connections.
+    Stream(StreamListener),
     /// Not connected.
     Udp(UdpSocket),
 }
 
 /// What tells for which instances a socket is.
-pub type Place = (Protocol, SocketAddr);
+pub type Place = (Protocol, Endpoint);
+
+/// Why a place cannot be listened at.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {endpoint}: cannot {}", failure.operation)]
+pub struct BindError {
+    /// The place.
+    pub endpoint: Endpoint,
+    /// The system call, and what the kernel said as the source.
+    #[source]
+    pub failure: Failure,
+}
 
 impl Listening {
-    /// Binds `count` sockets; also whether the address is on no interface yet.
+    /// Binds `count` sockets to a place (one, where it is a Unix socket); also whether the address is on no
+    /// interface yet.
     ///
     /// # Errors
-    /// When the address is taken or cannot be bound.
+    /// When the place is taken or cannot be bound.
     pub fn bind(
-        protocol: Protocol,
-        addr: ListenAddr,
+        endpoint: &Endpoint,
+        options: &InstanceOptions,
         count: NonZeroUsize,
-    ) -> Result<(Vec<Self>, bool), ListenError> {
-        Ok(match protocol {
+    ) -> Result<(Vec<Self>, bool), BindError> {
+        let fail = |failure| BindError {
+            endpoint: endpoint.clone(),
+            failure,
+        };
+        let addr = match endpoint {
+            Endpoint::Unix(path) => {
+                let mode = options.socket_mode.unwrap_or(SocketMode::DEFAULT);
+                let listener =
+                    unix_listener(path, mode, options.socket_owner.as_ref()).map_err(fail)?;
+                return Ok((vec![Self::Stream(StreamListener::Unix(listener))], false));
+            }
+            Endpoint::Inet(addr) => ListenAddr::new(*addr),
+        };
+        Ok(match options.protocol {
             Protocol::Tcp => {
-                let bound = tcp_listeners(addr, count)?;
-                let sockets = bound.sockets.into_iter().map(Self::Tcp).collect();
-                (sockets, bound.address_missing)
+                let bound = tcp_listeners(addr, count).map_err(|error| fail(error.into()))?;
+                let sockets = bound
+                    .sockets
+                    .into_iter()
+                    .map(|one| Self::Stream(one.into()));
+                (sockets.collect(), bound.address_missing)
             }
             Protocol::Udp => {
-                let bound = udp_listeners(addr, count)?;
-                let sockets = bound.sockets.into_iter().map(Self::Udp).collect();
-                (sockets, bound.address_missing)
+                let bound = udp_listeners(addr, count).map_err(|error| fail(error.into()))?;
+                let sockets = bound.sockets.into_iter().map(Self::Udp);
+                (sockets.collect(), bound.address_missing)
             }
         })
     }
 
-    /// A descriptor that came from outside, or `None` when it is neither a listening TCP socket nor a UDP
-    /// socket that is bound and not connected.
+    /// A descriptor that came from outside, or `None` when it is neither a listening TCP or Unix stream socket
+    /// nor a UDP socket that is bound and not connected.
     ///
     /// # Errors
     /// When the kernel tells nothing about it, or refuses what a listener needs.
@@ -57,14 +88,26 @@ impl Listening {
         let ask = "ask what a descriptor is";
         let socket = Socket::from(descriptor);
         let domain = socket.domain().map_err(Failure::at(ask))?;
+        let kind = socket.r#type().map_err(Failure::at(ask))?;
+        let listens = kind == Type::STREAM && socket.is_listener().map_err(Failure::at(ask))?;
+        if domain == Domain::UNIX && listens {
+            socket
+                .set_nonblocking(true)
+                .map_err(Failure::at("set O_NONBLOCK"))?;
+            let listener = StreamListener::Unix(UnixListener::from(OwnedFd::from(socket)));
+            // without a path it is in no configuration
+            return Ok(listener
+                .endpoint()
+                .is_ok()
+                .then_some(Self::Stream(listener)));
+        }
         if domain != Domain::IPV4 && domain != Domain::IPV6 {
             return Ok(None);
         }
-        let kind = socket.r#type().map_err(Failure::at(ask))?;
-        if kind == Type::STREAM && socket.is_listener().map_err(Failure::at(ask))? {
+        if listens {
             let listener = TcpListener::from(socket);
             adopt_listener(&listener)?;
-            return Ok(Some(Self::Tcp(listener)));
+            return Ok(Some(Self::Stream(listener.into())));
         }
         if kind == Type::DGRAM && socket.peer_addr().is_err() {
             let socket = UdpSocket::from(socket);
@@ -80,18 +123,27 @@ impl Listening {
     /// # Errors
     /// When descriptors run out, or UDP's address is not shared.
     pub fn another(&self) -> Result<Self, Failure> {
-        let (_, addr) = self
+        let (_, endpoint) = self
             .place()
             .map_err(Failure::at("read the bound address"))?;
-        match self {
-            Self::Udp(_) => Ok(Self::Udp(one_more_udp_listener(addr)?)),
-            Self::Tcp(listener) => match sharing_listener(addr) {
-                Err(failure) if failure.errno() == Some(Errno::EADDRINUSE) => {
-                    let same = listener.try_clone();
-                    Ok(Self::Tcp(same.map_err(Failure::at("share a listener"))?))
-                }
-                own => Ok(Self::Tcp(own?)),
-            },
+        let own = match (self, endpoint) {
+            (Self::Udp(_), Endpoint::Inet(addr)) => {
+                return Ok(Self::Udp(one_more_udp_listener(addr)?));
+            }
+            (Self::Stream(StreamListener::Tcp(_)), Endpoint::Inet(addr)) => sharing_listener(addr),
+            // its file has one socket
+            _ => Err(Failure::at("bind")(io::Error::from_raw_os_error(
+                libc::EADDRINUSE,
+            ))),
+        };
+        match (self, own) {
+            (Self::Stream(listener), Err(failure))
+                if failure.errno() == Some(Errno::EADDRINUSE) =>
+            {
+                let same = listener.try_clone();
+                Ok(Self::Stream(same.map_err(Failure::at("share a listener"))?))
+            }
+            (_, own) => Ok(Self::Stream(own?.into())),
         }
     }
 
@@ -101,8 +153,8 @@ impl Listening {
     /// When the kernel does not tell.
     pub fn place(&self) -> io::Result<Place> {
         Ok(match self {
-            Self::Tcp(listener) => (Protocol::Tcp, listener.local_addr()?),
-            Self::Udp(socket) => (Protocol::Udp, socket.local_addr()?),
+            Self::Stream(listener) => (Protocol::Tcp, listener.endpoint()?),
+            Self::Udp(socket) => (Protocol::Udp, Endpoint::Inet(socket.local_addr()?)),
         })
     }
 }
@@ -110,7 +162,7 @@ impl Listening {
 impl AsFd for Listening {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Tcp(listener) => listener.as_fd(),
+            Self::Stream(listener) => listener.as_fd(),
             Self::Udp(socket) => socket.as_fd(),
         }
     }

@@ -1,6 +1,7 @@
 //! `pathway watch`: install, keep, follow the files, remove; and what is said to systemd on the way.
 
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -19,6 +20,7 @@ use crate::config::{self, PathwayFiles};
 use crate::model::{Mark, Pathway};
 use crate::pathway::watch::Keeper;
 use crate::pathway::{self, Options};
+use crate::resolve::Resolver;
 use crate::runtime_dir::{Attempt, RuntimeDir};
 use crate::systemd;
 
@@ -55,7 +57,9 @@ pub(super) fn run(
         changes
             .follow([global.config_dir.clone()])
             .context("cannot watch the configuration")?;
+        let resolver = Rc::new(Resolver::default());
         let files = config::load_pathways(&global.config_dir)?;
+        let files = resolved(&resolver, files).await;
         let wanted = Sender::new(configured(&files)?);
         // listens from here on: what happens during the installation is not missed
         let keeper = Keeper::open(wanted.subscribe(), options.clone(), args.poll, NAME)
@@ -66,6 +70,7 @@ pub(super) fn run(
             options,
             wanted,
             keeper,
+            resolver,
         };
         process.install().await?;
         let kept = process.keep(&mut signals, &changes).await;
@@ -82,6 +87,7 @@ struct Process<'g> {
     options: Options,
     wanted: Sender<Vec<Pathway>>,
     keeper: Keeper,
+    resolver: Rc<Resolver>,
 }
 
 enum Event {
@@ -121,6 +127,9 @@ impl Process<'_> {
         let mut watchdog = Watchdog::new();
         systemd::notify(&[NotifyState::Ready]);
         let mut said = String::new();
+        let resolver = Rc::clone(&self.resolver);
+        // one future for all rounds: it has timers, and a stream of events
+        let mut names = Box::pin(resolver.changed());
         loop {
             let summary = self.keeper.summary();
             if summary != said {
@@ -136,6 +145,10 @@ impl Process<'_> {
                 changed = files.changed() => {
                     changed.context("cannot watch the configuration")?;
                     Event::Reload("a file of the configuration changed")
+                }
+                () = &mut names => {
+                    names = Box::pin(resolver.changed());
+                    Event::Reload("a target has another address")
                 }
                 () = watchdog.tick() => Event::Watchdog,
             };
@@ -154,7 +167,10 @@ impl Process<'_> {
     /// Follows the files; a mistake in them changes nothing.
     async fn reload(&mut self, why: &str) {
         systemd::reloading();
-        let loaded = config::load_pathways(&self.global.config_dir);
+        let loaded = match config::load_pathways(&self.global.config_dir) {
+            Ok(files) => Ok(resolved(&self.resolver, files).await),
+            Err(mistakes) => Err(mistakes),
+        };
         let loaded = loaded
             .map_err(|mistakes| drawn(&mistakes))
             .and_then(|files| configured(&files).map_err(|error| error.to_string()));
@@ -199,6 +215,20 @@ impl Process<'_> {
         info!(changes = report.changes.len(), "pathways are removed");
         Ok(())
     }
+}
+
+/// The files with the addresses that the names of targets have now, and had before.
+async fn resolved(resolver: &Resolver, files: PathwayFiles) -> PathwayFiles {
+    let named = files.instances.iter();
+    let named = named.filter(|instance| !instance.named.is_empty());
+    let interval = named
+        .clone()
+        .filter_map(|instance| instance.options.resolve)
+        .min();
+    let wanted = named.flat_map(|instance| instance.named.wanted()).collect();
+    resolver.want(wanted, interval.unwrap_or(Resolver::INTERVAL));
+    resolver.look_at_new().await;
+    files.with_answers(&resolver.answers())
 }
 
 /// Pings systemd, where it wants that: the loop that repairs is the one that pings.

@@ -59,6 +59,7 @@ impl Ending<'_> {
             Stop::Signal(signal) => {
                 close().await;
                 process.remove_control_socket();
+                process.fleet.remove_socket_files();
                 systemd::notify(&[NotifyState::Stopping]);
                 let shown = Shown::begin(process, view);
                 let older = process.end_older().await;

@@ -13,9 +13,11 @@ use super::pathways::Keeping;
 use super::plan::{Difference, Spec, Specs};
 use super::relay::{Relay, World};
 use crate::config::{Configuration, Diagnostics, Origin};
-use crate::model::{Mark, Pathway};
+use crate::model::{Endpoint, Mark, Pathway, Protocol};
 use crate::pathway;
+use crate::resolve::Resolver;
 use crate::runtime_dir::Attempt;
+use crate::socket::unix::remove_socket_file;
 use crate::supervisor::{State, Status, Supervisor, Task};
 use crate::systemd;
 
@@ -71,6 +73,9 @@ pub(super) struct Fleet {
     /// What the counts of repairs are published under, where this process manages its pathways.
     manage_pathways: Option<String>,
     keeping: RefCell<Option<Keeping>>,
+    /// The files as last read, in which targets may be names; the world's has their addresses.
+    written: RefCell<Rc<Configuration>>,
+    pub(super) resolver: Rc<Resolver>,
     pub(super) specs: RefCell<Specs>,
     /// Reloads and upgrades come one after the other.
     pub(super) turn: tokio::sync::Mutex<()>,
@@ -87,7 +92,8 @@ impl Fleet {
         origin: Origin,
         manage_pathways: Option<String>,
     ) -> Self {
-        let specs = specs(&selection, &world.configuration.borrow());
+        let written = Rc::clone(&world.configuration.borrow());
+        let specs = specs(&selection, &written);
         world.instances.set(specs.len());
         Self {
             selection,
@@ -95,6 +101,8 @@ impl Fleet {
             supervisor: RefCell::default(),
             origin,
             manage_pathways,
+            written: RefCell::new(written),
+            resolver: Rc::default(),
             keeping: RefCell::default(),
             specs: RefCell::new(specs),
             turn: tokio::sync::Mutex::default(),
@@ -105,6 +113,10 @@ impl Fleet {
 
     /// Starts every relay and waits until each was tried once.
     pub(super) async fn start(&self) -> Result<(), pathway::Error> {
+        let written = Rc::clone(&self.written.borrow());
+        let resolved = Rc::new(self.resolve(&written).await);
+        *self.specs.borrow_mut() = specs(&self.selection, &resolved);
+        self.world.configuration.replace(resolved);
         let configuration = Rc::clone(&self.world.configuration.borrow());
         if let Some(name) = &self.manage_pathways {
             let wanted = used(&configuration, &self.specs.borrow());
@@ -119,8 +131,8 @@ impl Fleet {
         self.tried().await;
         // whatever is left is of instances that are not there or listen elsewhere now
         let left = std::mem::take(&mut *self.world.offered.borrow_mut());
-        for (protocol, addr) in left.keys() {
-            warn!(%protocol, listen = %addr, "a passed listening socket is no instance's: closed");
+        for (protocol, endpoint) in left.keys() {
+            warn!(%protocol, listen = %endpoint, "a passed listening socket is no instance's: closed");
         }
         Ok(())
     }
@@ -155,7 +167,10 @@ impl Fleet {
         if self.ready.get() {
             systemd::reloading();
         }
-        let outcome = self.apply().await;
+        let outcome = match self.origin.load() {
+            Ok(written) => self.apply(Rc::new(written)).await,
+            Err(mistakes) => Err(mistakes.into()),
+        };
         match &outcome {
             Ok(changes) => info!(
                 started = changes.started.len(),
@@ -179,9 +194,42 @@ impl Fleet {
         outcome
     }
 
-    async fn apply(&self) -> Result<Changes, ReloadError> {
+    /// Takes over addresses that names of targets have now, as a reload would.
+    pub(super) async fn reresolve(&self) {
+        let _turn = self.turn.lock().await;
+        if self.succeeded.get() {
+            return;
+        }
+        let written = Rc::clone(&self.written.borrow());
+        match self.apply(written).await {
+            Ok(changes) => info!(changed = ?changes.changed, "targets have other addresses"),
+            Err(error) => warn!(
+                error = &error as &dyn std::error::Error,
+                "targets have other addresses, and nothing was changed"
+            ),
+        }
+    }
+
+    /// A configuration with the addresses of its names, as far as they are known; new ones are looked up.
+    async fn resolve(&self, written: &Configuration) -> Configuration {
+        let selected = specs(&self.selection, written);
+        let named = selected
+            .values()
+            .map(|spec| &spec.instance)
+            .filter(|instance| !instance.named.is_empty());
+        let interval = named
+            .clone()
+            .filter_map(|instance| instance.options.resolve);
+        let interval = interval.min().unwrap_or(Resolver::INTERVAL);
+        let wanted = named.flat_map(|instance| instance.named.wanted()).collect();
+        self.resolver.want(wanted, interval);
+        self.resolver.look_at_new().await;
+        written.with_answers(&self.resolver.answers())
+    }
+
+    async fn apply(&self, written: Rc<Configuration>) -> Result<Changes, ReloadError> {
         let before = Rc::clone(&self.world.configuration.borrow());
-        let after = Rc::new(self.origin.load()?);
+        let after = Rc::new(self.resolve(&written).await);
         let wanted = specs(&self.selection, &after);
         let present = self.specs.borrow().clone();
         let difference = Difference::between(&present, &wanted);
@@ -201,6 +249,7 @@ impl Fleet {
             // the last step that may fail, and the first that acts: make before break
             self.install(&new).await?;
         }
+        self.written.replace(written);
         if let Some(keeping) = &*self.keeping.borrow() {
             keeping.want(new.clone());
         }
@@ -238,7 +287,10 @@ impl Fleet {
             self.keep(name);
         }
         self.tried().await;
-        self.world.offered.borrow_mut().clear();
+        let left = std::mem::take(&mut *self.world.offered.borrow_mut());
+        for (_, endpoint) in left.into_keys() {
+            remove_file(&endpoint);
+        }
         changes.started = start.clone();
         changes.stopped = stop.clone();
         changes.changed = set.iter().chain(replace).cloned().collect();
@@ -251,26 +303,41 @@ impl Fleet {
         let Some(relay) = self.supervisor.borrow().task(name) else {
             return;
         };
-        let place = (relay.instance.options.protocol, relay.instance.listen.get());
         let specs = self.specs.borrow();
-        let next = specs.values().map(|spec| &spec.instance);
-        let mut next = next.filter(|next| (next.options.protocol, next.listen.get()) == place);
-        let Some(next) = next.next() else { return };
-        match relay.server.listeners() {
-            Ok(listeners) => {
-                let wanted = self.world.listeners_of(next).get();
-                if listeners.len() > wanted {
-                    changes.notes.push(format!(
-                        "{}: keeps {} listeners until it is stopped and started: to close one could refuse a connection",
-                        next.name,
-                        listeners.len()
-                    ));
-                }
-                for listener in listeners {
-                    self.world.offer(listener);
-                }
+        let next_at = |protocol: Protocol, endpoint: &Endpoint| {
+            let next = specs.values().map(|spec| &spec.instance);
+            let mut next =
+                next.filter(|next| next.options.protocol == protocol && next.listen.has(endpoint));
+            next.next()
+        };
+        let listeners = match relay.server.listeners() {
+            Ok(listeners) => listeners,
+            Err(error) => {
+                warn!(%error, instance = name, "cannot keep its listening sockets");
+                return;
             }
-            Err(error) => warn!(%error, instance = name, "cannot keep its listening sockets"),
+        };
+        let mut kept = BTreeMap::<(Protocol, Endpoint), usize>::new();
+        for listener in listeners {
+            let Ok((protocol, endpoint)) = listener.place() else {
+                continue;
+            };
+            match next_at(protocol, &endpoint) {
+                Some(_) => {
+                    self.world.offer(listener);
+                    *kept.entry((protocol, endpoint)).or_default() += 1;
+                }
+                None => remove_file(&endpoint),
+            }
+        }
+        for ((protocol, endpoint), count) in kept {
+            let next = next_at(protocol, &endpoint);
+            if let Some(next) = next.filter(|next| count > self.world.listeners_of(next).get()) {
+                changes.notes.push(format!(
+                    "{}: keeps {count} listeners on {endpoint} until it is stopped and started: to close one could refuse a connection",
+                    next.name
+                ));
+            }
         }
     }
 
@@ -356,6 +423,23 @@ impl Fleet {
         }
     }
 
+    /// Removes the files of Unix sockets at the process's end; not those that systemd keeps for the next one.
+    pub(super) fn remove_socket_files(&self) {
+        if systemd::stores() {
+            return;
+        }
+        let supervisor = self.supervisor.borrow();
+        for (name, _) in self.statuses() {
+            if let Some(relay) = supervisor.task(&name) {
+                relay
+                    .instance
+                    .listen
+                    .endpoints()
+                    .for_each(|one| remove_file(&one));
+            }
+        }
+    }
+
     /// Removes what [`Fleet::start`] installed, at the process's end.
     pub(super) async fn remove_pathways(&self) {
         self.stop_keeping();
@@ -421,6 +505,12 @@ impl Fleet {
     /// Whether every relay listened at some time.
     pub(super) fn is_ready(&self) -> bool {
         self.ready.get()
+    }
+}
+
+fn remove_file(endpoint: &Endpoint) {
+    if let Endpoint::Unix(path) = endpoint {
+        remove_socket_file(path);
     }
 }
 

@@ -51,7 +51,12 @@ impl Difference {
 }
 
 fn same_sockets(before: &Spec, after: &Spec) -> bool {
+    let file = |spec: &Spec| {
+        let options = &spec.instance.options;
+        (options.socket_mode, options.socket_owner.clone())
+    };
     before.instance.listen == after.instance.listen
+        && file(before) == file(after)
         && before.instance.options.protocol == after.instance.options.protocol
         && before.instance.options.listeners == after.instance.options.listeners
 }
@@ -59,15 +64,19 @@ fn same_sockets(before: &Spec, after: &Spec) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{InstanceOptions, ListenAddr, Protocol, parse_prefix};
+    use crate::model::{
+        InstanceOptions, ListenAddr, NamedTargets, Protocol, TargetPorts, parse_prefix,
+    };
 
     fn spec(name: &str, port: u16) -> (String, Spec) {
         let instance = Instance {
             name: name.parse().unwrap(),
             mark: Some("123".parse().unwrap()),
-            listen: ListenAddr::new(([127, 0, 0, 1], port).into()),
+            listen: ListenAddr::new(([127, 0, 0, 1], port).into()).into(),
             target4: Some("127.0.0.1:22".parse().unwrap()),
             target6: None,
+            target_ports: TargetPorts::One,
+            named: NamedTargets::default(),
             options: InstanceOptions::defaults(Protocol::Tcp),
         };
         let allow = Arc::new(AllowList::new([parse_prefix("10.0.0.1").unwrap()]).unwrap());

@@ -26,6 +26,7 @@ use crate::cli::RunArgs;
 use crate::commands::files::{self, Watch};
 use crate::control::{client, server};
 use crate::doctor::Asker;
+use crate::resolve::Resolver;
 use crate::runtime_dir::Lock;
 use crate::systemd;
 
@@ -68,6 +69,7 @@ enum Event {
     Reload,
     Tick,
     Files,
+    Names,
     Stop(Stop),
 }
 
@@ -225,6 +227,7 @@ impl Process {
         };
         let mut changed = fleet.supervisor.borrow().subscribe();
         let mut tick = interval(STILL_STARTING);
+        let mut resolved = follow_names(&fleet.resolver);
         fleet.report();
         loop {
             let event = tokio::select! {
@@ -234,6 +237,7 @@ impl Process {
                     name => Event::Signal(name),
                 },
                 Some(stop) = stopped.recv() => Event::Stop(stop),
+                Some(()) = resolved.recv() => Event::Names,
                 _ = tick.tick(), if !fleet.is_ready() => Event::Tick,
                 Some(told) = option(watch.as_ref().map(Watch::changed)) => {
                     told.context("cannot watch the configuration")?;
@@ -256,6 +260,7 @@ impl Process {
                         u32::try_from(3 * STILL_STARTING.as_micros()).unwrap_or(u32::MAX);
                     systemd::notify(&[NotifyState::ExtendTimeoutUsec(patience)]);
                 }
+                Event::Names => fleet.reresolve().await,
                 // what became of it is in the log
                 Event::Reload => drop(fleet.reload().await),
                 Event::Files => {
@@ -271,6 +276,21 @@ impl Process {
             }
         }
     }
+}
+
+/// Tells when names of targets have other addresses, for as long as somebody listens.
+fn follow_names(resolver: &Rc<Resolver>) -> mpsc::Receiver<()> {
+    let (tell, told) = mpsc::channel(1);
+    let resolver = Rc::clone(resolver);
+    tokio::task::spawn_local(async move {
+        loop {
+            tokio::select! {
+                () = resolver.changed() => if tell.send(()).await.is_err() { return },
+                () = tell.closed() => return,
+            }
+        }
+    });
+    told
 }
 
 /// Waits for a future where there is one, else for ever.

@@ -11,11 +11,12 @@ use tracing::{debug, info, warn};
 
 use super::plan::Spec;
 use crate::config::Configuration;
-use crate::model::{Instance, Mark, Pathway};
+use crate::model::{Endpoint, Instance, Listen, Mark, Pathway};
 use crate::pathway::{self, Firewall};
 use crate::relay::server::{Error, Server};
 use crate::relay::workers::Workers;
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
+use crate::socket;
 use crate::socket::listening::{Listening, Place};
 use crate::supervisor::Task;
 use crate::systemd;
@@ -113,14 +114,67 @@ impl World {
         }
     }
 
-    /// How many sockets it is to listen on.
+    /// The sockets of an instance: for each of its places those that were offered, else new ones.
+    fn sockets_of(&self, instance: &Instance) -> anyhow::Result<Vec<Listening>> {
+        let count = self.listeners_of(instance);
+        let mut sockets = Vec::new();
+        let mut missing = false;
+        for endpoint in instance.listen.endpoints() {
+            let place = (instance.options.protocol, endpoint);
+            let offered = self.offered.borrow_mut().remove(&place);
+            let (_, endpoint) = place;
+            match offered {
+                Some(offered) if can_be_reached(&endpoint) => {
+                    if let Endpoint::Unix(path) = &endpoint {
+                        let options = &instance.options;
+                        let owner = options.socket_owner.as_ref();
+                        socket::unix::set_access(path, options.socket_mode, owner)
+                            .with_context(|| format!("cannot go on listening on {endpoint}"))?;
+                    }
+                    sockets.extend(at_least(offered, instance, count));
+                }
+                _ => {
+                    let (bound, address_missing) =
+                        Listening::bind(&endpoint, &instance.options, count)?;
+                    sockets.extend(bound);
+                    missing |= address_missing;
+                }
+            }
+        }
+        if missing {
+            warn!(
+                instance = %instance.name, listen = %instance.listen,
+                "the listen address is on no interface yet: listening all the same, connections arrive once it is there"
+            );
+        }
+        Ok(sockets)
+    }
+
+    /// How many sockets it is to have at each of its places.
     pub(super) fn listeners_of(&self, instance: &Instance) -> NonZeroUsize {
+        if matches!(instance.listen, Listen::Unix(_)) {
+            return NonZeroUsize::MIN;
+        }
         let asked = instance.options.listeners.map(NonZeroUsize::try_from);
         if let Some(Ok(count)) = asked {
             return count;
         }
+        // the workers share the ports of a range among them
+        if let Some(range) = instance.listen.ports()
+            && range.ports().count() > 1
+        {
+            return NonZeroUsize::MIN;
+        }
         let share = SOCKETS / self.instances.get().max(1);
         NonZeroUsize::new(self.workers.count().min(share)).unwrap_or(NonZeroUsize::MIN)
+    }
+}
+
+/// Whether whoever connects to a place gets to a socket that was bound there before.
+fn can_be_reached(endpoint: &Endpoint) -> bool {
+    match endpoint {
+        Endpoint::Inet(_) => true,
+        Endpoint::Unix(path) => socket::unix::is_reachable(path),
     }
 }
 
@@ -168,13 +222,7 @@ impl Relay {
         if !world.no_check {
             world.in_place(instance.mark).await?;
         }
-        let place = (instance.options.protocol, instance.listen.get());
-        let offered = world.offered.borrow_mut().remove(&place);
-        let count = world.listeners_of(&instance);
-        let sockets = match offered {
-            Some(sockets) => at_least(sockets, &instance, count),
-            None => bind(&instance, count)?,
-        };
+        let sockets = world.sockets_of(&instance)?;
         let listeners = sockets.len();
         systemd::store(name, &sockets);
         let server = Server::start(&world.workers, sockets, &instance, allow)?;
@@ -195,18 +243,6 @@ impl Relay {
     pub(super) fn share_lock(&self) -> Option<std::io::Result<std::os::fd::OwnedFd>> {
         self.lock.borrow().as_ref().map(Lock::share)
     }
-}
-
-fn bind(instance: &Instance, count: NonZeroUsize) -> anyhow::Result<Vec<Listening>> {
-    let (sockets, address_missing) =
-        Listening::bind(instance.options.protocol, instance.listen, count)?;
-    if address_missing {
-        warn!(
-            instance = %instance.name, listen = %instance.listen,
-            "the listen address is on no interface yet: listening all the same, connections arrive once it is there"
-        );
-    }
-    Ok(sockets)
 }
 
 /// Adds to what was passed until it is as many. None is closed: the kernel may just have completed a

@@ -190,25 +190,25 @@ fn take_passed(world: &World, passed: Vec<systemd::Passed>) -> anyhow::Result<()
             systemd::forget(&name);
             continue;
         };
-        let (protocol, addr) = listening
+        let (protocol, endpoint) = listening
             .place()
             .context("a passed socket has no address")?;
         let configuration = world.configuration.borrow();
         match configuration.instance(&name) {
             Some(instance)
-                if (instance.options.protocol, instance.listen.get()) == (protocol, addr) =>
+                if instance.options.protocol == protocol && instance.listen.has(&endpoint) =>
             {
                 world.offer(listening);
             }
             Some(instance) => {
                 warn!(
-                    instance = name, listen = %instance.listen, passed = %addr, %protocol,
+                    instance = name, listen = %instance.listen, passed = %endpoint, %protocol,
                     "the socket that systemd passed has another address or protocol than instances.tsv: closed"
                 );
                 systemd::forget(&name);
             }
             None => {
-                warn!(name, passed = %addr, "systemd passed a socket whose name is no instance's: closed");
+                warn!(name, passed = %endpoint, "systemd passed a socket whose name is no instance's: closed");
                 systemd::forget(&name);
             }
         }

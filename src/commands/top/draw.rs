@@ -11,6 +11,7 @@ use ratatui::widgets::{Cell, Row, Table, TableState};
 use super::super::status::errors;
 use super::super::units::{byte_rate, bytes, rate, span};
 use super::model::{ConnectionRow, InstanceRow, Model};
+use crate::model::ProxyAddr;
 use crate::overview::{PathwayState, State};
 
 /// Eighths of a cell.
@@ -196,7 +197,10 @@ fn connection(row: &ConnectionRow, roomy: bool) -> Row<'static> {
         .map_or_else(|| one.stage.name().to_owned(), |client| client.to_string());
     let mut cells = vec![
         Cell::from(client),
-        Cell::from(one.proxy.ip().to_string()),
+        Cell::from(match one.proxy {
+            ProxyAddr::Inet(addr) => addr.ip().to_string(),
+            local @ ProxyAddr::Local(_) => local.to_string(),
+        }),
         Cell::from(one.instance.clone()),
         right(span(one.age_ms)),
         right(byte_rate(row.to_target)),

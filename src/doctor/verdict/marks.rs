@@ -22,7 +22,6 @@ struct Use {
 impl Use {
     /// How it clashes with a mark and mask. What looks for the very mark and mask of the pathway is there
     /// for it: an exception, or a route of its own.
-
     fn clash(&self, mark: u32, mask: u32) -> Option<&'static str> {
         let shared = self.mask & mask;
         let ours = (self.value ^ mark) & shared == 0;

@@ -34,6 +34,17 @@ impl Packed {
     }
 }
 
+impl Packed {
+    /// With the port of our own beside it. For an address without a scope, whose place it takes.
+    #[inline]
+    fn at(self, port: u16) -> Self {
+        Self {
+            rest: self.rest | u64::from(port) << 16,
+            ..self
+        }
+    }
+}
+
 #[inline]
 fn packed(addr: IpAddr) -> u128 {
     match addr {
@@ -44,7 +55,7 @@ fn packed(addr: IpAddr) -> u128 {
 
 /// What tells a flow from others.
 ///
-/// The proxy's address and port and the address it sent to, always: these are the two ends of the answer.
+/// The proxy's address and port and the address and port it sent to, always: these are the two ends of the answer.
 /// With a header on every datagram its client, too; with Simple Proxy Protocol also the address that the
 /// client sent to, because the answer has to name it. With a header on the first datagram only, the client
 /// is no part of the identity but a property that the next header replaces.
@@ -64,24 +75,29 @@ impl Key {
         Self {
             proxy: Packed::new(path.peer),
             client: Packed::default(),
-            via: Packed::default(),
+            via: Packed::default().at(path.port),
             local: path.local.map_or(0, |local| packed(local.addr)),
         }
     }
 
-    /// The flow of a client behind a proxy's address and port.
+    /// The flow of a client behind a proxy's address and port; by where it sent to as well, where that is the
+    /// target.
     #[inline]
-    pub(super) fn of_client(path: &Path, client: &Client) -> Self {
+    pub(super) fn of_client(path: &Path, client: &Client, by_destination: bool) -> Self {
         let key = Self::of_proxy(path);
         match client {
             Client::Proxy => key,
-            Client::Named { client, .. } => Self {
+            Client::Named { client, asked } => Self {
                 client: Packed::new(client.get()),
+                via: match by_destination {
+                    true => Packed::new(*asked).at(path.port),
+                    false => key.via,
+                },
                 ..key
             },
             Client::Spp(header) => Self {
                 client: Packed::new(header.client().get()),
-                via: Packed::new(header.proxy()),
+                via: Packed::new(header.proxy()).at(path.port),
                 ..key
             },
         }
@@ -95,6 +111,8 @@ pub(super) struct Path {
     pub(super) peer: SocketAddr,
     /// Where it sent to; `None` where the listener is bound to one address.
     pub(super) local: Option<Local>,
+    /// The listener's port.
+    pub(super) port: u16,
 }
 
 impl Path {
@@ -234,6 +252,7 @@ mod tests {
                 addr: addr.parse().unwrap(),
                 interface: 0,
             }),
+            port: 53,
         }
     }
 
@@ -253,16 +272,27 @@ mod tests {
         let keys = [
             Key::of_proxy(&here),
             // what no client can be must not be taken for the proxy itself
-            Key::of_client(&here, &named("[::]:0")),
-            Key::of_client(&here, &named("192.0.2.1:5")),
-            Key::of_client(&here, &named("192.0.2.1:6")),
-            Key::of_client(&path("10.0.0.1:2", None), &named("192.0.2.1:5")),
-            Key::of_client(&path("10.0.0.2:1", None), &named("192.0.2.1:5")),
-            Key::of_client(&path("10.0.0.1:1", Some("10.9.9.1")), &named("192.0.2.1:5")),
-            Key::of_client(&path("[fe80::1%2]:1", None), &named("192.0.2.1:5")),
-            Key::of_client(&path("[fe80::1%3]:1", None), &named("192.0.2.1:5")),
-            Key::of_client(&here, &spp("192.0.2.1:5", "203.0.113.1:53")),
-            Key::of_client(&here, &spp("192.0.2.1:5", "203.0.113.2:53")),
+            Key::of_client(&here, &named("[::]:0"), false),
+            Key::of_client(&here, &named("192.0.2.1:5"), false),
+            Key::of_proxy(&Path { port: 54, ..here }),
+            Key::of_client(&Path { port: 54, ..here }, &named("192.0.2.1:5"), false),
+            Key::of_client(
+                &Path { port: 54, ..here },
+                &spp("192.0.2.1:5", "203.0.113.1:53"),
+                false,
+            ),
+            Key::of_client(&here, &named("192.0.2.1:6"), false),
+            Key::of_client(&path("10.0.0.1:2", None), &named("192.0.2.1:5"), false),
+            Key::of_client(&path("10.0.0.2:1", None), &named("192.0.2.1:5"), false),
+            Key::of_client(
+                &path("10.0.0.1:1", Some("10.9.9.1")),
+                &named("192.0.2.1:5"),
+                false,
+            ),
+            Key::of_client(&path("[fe80::1%2]:1", None), &named("192.0.2.1:5"), false),
+            Key::of_client(&path("[fe80::1%3]:1", None), &named("192.0.2.1:5"), false),
+            Key::of_client(&here, &spp("192.0.2.1:5", "203.0.113.1:53"), false),
+            Key::of_client(&here, &spp("192.0.2.1:5", "203.0.113.2:53"), false),
         ];
         for (at, key) in keys.iter().enumerate() {
             assert_eq!(keys.iter().position(|other| other == key), Some(at));

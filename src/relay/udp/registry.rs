@@ -386,11 +386,12 @@ mod tests {
         let path = Path {
             peer: proxy.parse().unwrap(),
             local: None,
+            port: 53,
         };
         let client = ClientAddr::new(client.parse().unwrap());
         let asked = SocketAddr::from(([198, 51, 100, 1], 53));
         Route {
-            key: Key::of_client(&path, &Client::Named { client, asked }),
+            key: Key::of_client(&path, &Client::Named { client, asked }, false),
             path,
             client,
             target: TargetAddr::new(SocketAddr::from(([127, 0, 0, 1], 53))),

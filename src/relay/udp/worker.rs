@@ -10,6 +10,7 @@
 //! `inbound` goes from the proxies to the service, `outbound` back; `lifecycle` has how flows begin and end,
 //! `refusals` what is said about datagrams that go no further.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, UdpSocket};
 use std::rc::Rc;
@@ -33,6 +34,7 @@ use super::table::{GRAIN, Id, Table};
 use super::{Phase, Settings};
 use crate::model::ClientAddr;
 use crate::relay::batch::SegmentLimit;
+use crate::relay::ports::Ports;
 use crate::relay::report::{self, LastError, Limiter, Subject};
 use crate::relay::view::Query;
 use crate::relay::workers::Shared;
@@ -75,6 +77,7 @@ pub(super) struct Common {
     pub(super) limiter: Limiter,
     pub(super) last_error: Mutex<Option<LastError>>,
     pub(super) registry: Registry,
+    pub(super) ports: Ports,
     pub(super) started: Instant,
 }
 
@@ -115,6 +118,10 @@ pub(super) struct Worker {
     span: Span,
     epoll: WaitableEpoll,
     listeners: Vec<Listener>,
+    /// Which of them answers for a port.
+    by_port: HashMap<u16, usize>,
+    /// Which of them sends the answers that have gathered.
+    answering: usize,
     flows: Table<Key, Held>,
     /// Milliseconds since the relay's start.
     now: u64,
@@ -129,7 +136,8 @@ pub(super) struct Worker {
 }
 
 struct Listener {
-    socket: UdpSocket,
+    socket: Arc<UdpSocket>,
+    port: u16,
     /// What the kernel last said about lost datagrams.
     overflow: u32,
 }
@@ -143,7 +151,7 @@ impl Worker {
         shared: Rc<Shared>,
         common: Arc<Common>,
         number: u32,
-        listeners: Vec<UdpSocket>,
+        listeners: Vec<Arc<UdpSocket>>,
     ) -> io::Result<Self> {
         let epoll = WaitableEpoll::new()?;
         for (at, socket) in (0u64..).zip(&listeners) {
@@ -151,10 +159,19 @@ impl Worker {
         }
         let wake = common.registry.wake_of(number);
         epoll.add(wake, EpollEvent::new(EpollFlags::EPOLLIN, MAILBOX))?;
-        let listeners = listeners.into_iter().map(|socket| Listener {
-            socket,
-            overflow: 0,
-        });
+        let listeners = listeners
+            .into_iter()
+            .map(|socket| {
+                Ok(Listener {
+                    port: socket.local_addr()?.port(),
+                    socket,
+                    overflow: 0,
+                })
+            })
+            .collect::<io::Result<Vec<_>>>()?;
+        // several sockets of one port are as good as the first
+        let by_port = listeners.iter().enumerate().rev();
+        let by_port = by_port.map(|(at, listener)| (listener.port, at)).collect();
         let settings = common.settings.load_full();
         Ok(Self {
             shared,
@@ -163,7 +180,9 @@ impl Worker {
             span: info_span!("relay", instance = %settings.name),
             settings,
             epoll,
-            listeners: listeners.collect(),
+            listeners,
+            by_port,
+            answering: 0,
             flows: Table::new(),
             now: 0,
             known: None,
@@ -350,6 +369,6 @@ fn client_of(client: &Client, path: &Path) -> ClientAddr {
     match client {
         Client::Named { client, .. } => *client,
         Client::Spp(header) => header.client(),
-        Client::Proxy => ClientAddr::new(path.proxy().get()),
+        Client::Proxy => ClientAddr::new(path.peer),
     }
 }

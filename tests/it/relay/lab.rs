@@ -8,7 +8,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use mmproxyctl::model::{AllowList, ListenAddr, Mark, PortPolicy, TargetAddr, parse_prefix};
+use mmproxyctl::model::{
+    AllowList, ListenAddr, Mark, NamedTargets, PortPolicy, TargetAddr, parse_prefix,
+};
 use mmproxyctl::relay::counters::{Refusal, Totals};
 use mmproxyctl::relay::header::{encode_v1, encode_v2};
 use mmproxyctl::relay::settings::Settings;
@@ -193,6 +195,9 @@ pub(crate) fn settings(targets: &[SocketAddr]) -> Settings {
     Settings {
         name: "test".parse().expect("a name"),
         mark: Mark::new(MARK),
+        first_port: None,
+        destinations: None,
+        named: NamedTargets::default(),
         target4: target(false),
         target6: target(true),
         allow: allow(&["0.0.0.0/0", "::/0"]),

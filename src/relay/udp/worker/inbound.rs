@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 
 use tracing::debug;
 
+use super::lifecycle::asked;
 use super::{Known, TURNS, Worker, client_of};
 use crate::model::UdpHeader;
 use crate::relay::batch::{Envelope, Part, Receiver, Sent};
@@ -69,6 +70,7 @@ impl Worker {
         let path = Path {
             peer,
             local: control.local,
+            port: self.listeners.get(listener).map_or(0, |one| one.port),
         };
         if !self.allows(&path) {
             return;
@@ -157,7 +159,7 @@ impl Worker {
     #[inline]
     pub(super) fn headed(&mut self, path: &Path, client: &Client, mode: UdpHeader) -> Option<Id> {
         if mode != UdpHeader::First {
-            let key = Key::of_client(path, client);
+            let key = Key::of_client(path, client, self.settings.destinations.is_some());
             return match self.find(&key) {
                 Some(id) => Some(id),
                 None => self.begin(key, path, client),
@@ -166,7 +168,8 @@ impl Worker {
         let key = Key::of_proxy(path);
         if let Some(id) = self.find(&key) {
             let route = self.flows.get(id)?.flow.route;
-            if route.client == client_of(client, path) {
+            let elsewhere = self.settings.destinations.is_some() && route.asked != asked(client);
+            if route.client == client_of(client, path) && !elsewhere {
                 return Some(id);
             }
             // what came before the new header is the old client's

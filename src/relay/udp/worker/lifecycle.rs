@@ -1,6 +1,6 @@
 //! How a worker's flows begin and end: admission, sockets, room for others.
 
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
@@ -11,7 +11,7 @@ use super::{Held, Worker, client_of, view};
 use crate::model::{PortPolicy, UdpHeader};
 use crate::relay::client;
 use crate::relay::counters::{ConnectFailure, Refusal};
-use crate::relay::report::{ConnectError, Subject};
+use crate::relay::report::{self, ConnectError, Subject};
 use crate::relay::udp::counters::{Dropped, Ended};
 use crate::relay::udp::datagram::Client;
 use crate::relay::udp::flow::{Flow, Key, Path, Route};
@@ -29,20 +29,25 @@ impl Worker {
             self.refuse_client(kind, path, address);
             return None;
         }
-        let Some(target) = self.settings.target(address.family()) else {
-            self.refuse_client(Refusal::FamilyNotServed, path, address);
-            return None;
+        let asked = asked(client);
+        let target = match self.settings.target_for(address, asked, path.port) {
+            Ok(target) => target,
+            Err(kind @ Refusal::DestinationRefused) => {
+                let message = report::refused_destination(asked);
+                self.refuse(kind, path.proxy(), Some(address), &message);
+                return None;
+            }
+            Err(kind) => {
+                self.refuse_client(kind, path, address);
+                return None;
+            }
         };
         let route = Route {
             key,
             path: *path,
             client: address,
             target,
-            asked: match client {
-                Client::Named { asked, .. } => Some(*asked),
-                Client::Spp(header) => Some(header.proxy()),
-                Client::Proxy => None,
-            },
+            asked,
             spp: match client {
                 Client::Spp(header) => Some(*header),
                 Client::Named { .. } | Client::Proxy => None,
@@ -87,6 +92,7 @@ impl Worker {
             }
         }
         self.counters.flows_opened.add(1);
+        self.common.ports.count(flow.route.path.port);
         trace!(
             proxy.addr = %flow.route.path.proxy(), client.addr = %flow.route.client,
             target.addr = %flow.route.target, "flow begins"
@@ -306,5 +312,14 @@ impl Worker {
             // an error means that it was not in there
             let _ = self.epoll.delete(&*shared);
         }
+    }
+}
+
+/// Where the client sent to, as the proxy says.
+pub(super) fn asked(client: &Client) -> Option<SocketAddr> {
+    match client {
+        Client::Named { asked, .. } => Some(*asked),
+        Client::Spp(header) => Some(header.proxy()),
+        Client::Proxy => None,
     }
 }

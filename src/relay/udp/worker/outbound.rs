@@ -27,6 +27,16 @@ impl Worker {
                 self.forget(id);
                 return;
             }
+            // one call sends from one listener
+            let port = held.flow.route.path.port;
+            let answering = self.by_port.get(&port).copied().unwrap_or(0);
+            if answering != self.answering {
+                self.send_answers();
+                self.answering = answering;
+            }
+            let Some(held) = self.flows.get_mut(id) else {
+                return;
+            };
             let Some(socket) = &held.socket else { return };
             let room = (self.scratch.outbound.slots() - self.scratch.gathered).min(BATCH_OF_ONE);
             let received =
@@ -74,7 +84,7 @@ impl Worker {
         if self.scratch.to_client.is_empty() {
             return;
         }
-        let Some(listener) = self.listeners.first() else {
+        let Some(listener) = self.listeners.get(self.answering) else {
             return;
         };
         let sent = self.scratch.to_client.send(

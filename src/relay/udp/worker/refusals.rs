@@ -40,7 +40,7 @@ impl Worker {
     }
 
     pub(super) fn refuse_client(&self, kind: Refusal, path: &Path, client: ClientAddr) {
-        let message = report::refused_client(kind, client.family());
+        let message = report::refused_client(kind, client.family(), &self.settings.named);
         self.refuse(kind, path.proxy(), Some(client), &message);
     }
 
