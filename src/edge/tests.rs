@@ -12,9 +12,11 @@ fn instance(options: &str, listen: &str, targets: [bool; 2]) -> Instance {
     Instance {
         name: "vps01-ssh".parse().unwrap(),
         mark: "123".parse().ok(),
-        listen: ListenAddr::new(listen.parse().unwrap()),
+        listen: ListenAddr::new(listen.parse().unwrap()).into(),
         target4: targets[0].then(|| "127.0.0.1:22".parse().unwrap()),
         target6: targets[1].then(|| "[::1]:22".parse().unwrap()),
+        target_ports: crate::model::TargetPorts::One,
+        named: crate::model::NamedTargets::default(),
         options,
     }
 }
