@@ -1,5 +1,6 @@
 //! `pathway …`: which pathways are meant, then the change or the question, then what a person reads.
 
+mod list;
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,8 +17,8 @@ use crate::cli::{Global, PathwayAllArgs, PathwayChangeArgs, PathwayCommand};
 use crate::config::{self, PathwayFiles};
 use crate::model::{Instance, Mark, Pathway};
 use crate::pathway::piece::Step;
-use crate::pathway::watch::repairs::{self, Counts, Repairs};
-use crate::pathway::{self, Change, Finding, Goal, Listed, Options, Outcome, Report, State};
+use crate::pathway::watch::repairs;
+use crate::pathway::{self, Change, Finding, Goal, Options, Outcome, Report};
 use crate::resolve;
 use crate::runtime_dir::RuntimeDir;
 
@@ -60,7 +61,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
         })?;
         show_change(global, goal, &pathways, &report, &how)?;
         if goal == Goal::Del && !how.dry_run && !global.quiet {
-            warn_of_keepers(&pathways, &repairs::published(&options.runtime_dir)?);
+            list::warn_of_keepers(&pathways, &repairs::published(&options.runtime_dir)?);
         }
         Ok(ExitCode::SUCCESS)
     };
@@ -76,7 +77,7 @@ pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<Ex
                 .context("cannot list the pathways")?;
             let runtime_dir = RuntimeDir::resolve(global.runtime_dir.clone());
             let kept = repairs::published(&runtime_dir)?;
-            show_list(&listed, &kept, args.json)?;
+            list::show(&listed, &kept, args.json)?;
             Ok(ExitCode::SUCCESS)
         }
         PathwayCommand::Check(args) => {
@@ -327,94 +328,6 @@ fn counted<'c>(outcome: Outcome, changes: impl Iterator<Item = &'c Change>) -> S
         (_, left) => text.push_str(&format!(" ({left} left by other scripts)")),
     }
     text
-}
-
-/// Says who puts back what was just removed.
-fn warn_of_keepers(pathways: &[Pathway], kept: &[Repairs]) {
-    for repairs in kept {
-        let of_it = |pathway: &&Pathway| repairs.pathways.contains_key(&pathway.mark.get());
-        for pathway in pathways.iter().filter(of_it) {
-            eprintln!(
-                "note: pid {} keeps the pathway of mark {} and puts it back: stop that process, or take the \
-                 mark out of the files",
-                repairs.pid, pathway.mark
-            );
-        }
-    }
-}
-
-/// A pathway, and who keeps it.
-#[derive(Serialize)]
-struct ListedJson<'l> {
-    #[serde(flatten)]
-    listed: &'l Listed,
-    /// The processes that keep it (`pathway watch`, `run --manage-pathways`).
-    kept_by: Vec<u32>,
-    /// What they have put back.
-    repairs: Counts,
-}
-
-impl<'l> ListedJson<'l> {
-    fn new(listed: &'l Listed, kept: &[Repairs]) -> Self {
-        let mut new = Self {
-            listed,
-            kept_by: Vec::new(),
-            repairs: Counts::default(),
-        };
-        for repairs in kept {
-            let mark = listed.mark.map(Mark::get);
-            if let Some(counts) = mark.and_then(|mark| repairs.pathways.get(&mark)) {
-                new.kept_by.push(repairs.pid);
-                new.repairs += *counts;
-            }
-        }
-        new
-    }
-
-    fn kept(&self) -> String {
-        let pids: Vec<String> = self.kept_by.iter().map(u32::to_string).collect();
-        match pids.as_slice() {
-            [] => "-".to_owned(),
-            pids => format!(
-                "by pid {}, {} repairs",
-                pids.join(" "),
-                self.repairs.total()
-            ),
-        }
-    }
-}
-
-fn show_list(listed: &[Listed], kept: &[Repairs], json: bool) -> anyhow::Result<()> {
-    let listed: Vec<_> = listed
-        .iter()
-        .map(|one| ListedJson::new(one, kept))
-        .collect();
-    if json {
-        return print_json(&listed);
-    }
-    let mut table = table(["MARK", "NAME", "TABLE", "STATE", "PIECES", "KEPT"]);
-    for with_keeper in &listed {
-        let entry = with_keeper.listed;
-        let or_unknown = |value: Option<String>| value.unwrap_or_else(|| "?".to_owned());
-        let pieces = match entry.state {
-            State::NotConfigured => "-".to_owned(),
-            _ => format!(
-                "{} of {}",
-                entry.wanted.saturating_sub(entry.missing.len()),
-                entry.wanted
-            ),
-        };
-        table.add_row(vec![
-            or_unknown(entry.mark.map(|mark| mark.to_string())),
-            entry.name.clone().unwrap_or_else(|| "-".to_owned()),
-            or_unknown(entry.table.map(|table| table.to_string())),
-            entry.state.to_string(),
-            pieces,
-            with_keeper.kept(),
-        ]);
-    }
-    writeln!(results(), "{}", trimmed(&table))?;
-    Ok(())
 }
 
 #[derive(Serialize)]

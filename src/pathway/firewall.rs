@@ -240,7 +240,8 @@ impl Firewalls {
 
     /// Whether lines of ours are, or would be, where the kernel tells nobody of a change.
     pub(crate) fn is_silent(&self, found: &Found) -> bool {
-        self.iptables.is_silent(&found.iptables)
+        let writes = self.backend(found) == Backend::Iptables;
+        self.iptables.is_silent(&found.iptables, writes)
     }
 
     /// Makes steps that [`same_transaction`] has put together.

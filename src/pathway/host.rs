@@ -282,20 +282,20 @@ pub(super) struct Means {
 }
 
 impl Means {
+    /// Whatever is installed; no sysctl is touched.
+    pub(super) fn installed() -> Self {
+        Self {
+            firewall: Firewall::default(),
+            set_sysctls: false,
+            runtime_dir: None,
+        }
+    }
+
     pub(super) fn of(options: &Options) -> Self {
         Self {
             firewall: options.firewall,
             set_sysctls: options.set_sysctls,
             runtime_dir: Some(options.runtime_dir.clone()),
-        }
-    }
-
-    /// Nothing but a firewall: no sysctl is looked at.
-    pub(super) fn only(firewall: Firewall) -> Self {
-        Self {
-            firewall,
-            set_sysctls: false,
-            runtime_dir: None,
         }
     }
 }

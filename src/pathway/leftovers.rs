@@ -8,7 +8,6 @@ use std::collections::BTreeSet;
 
 use crate::model::Family;
 
-use super::firewall::Firewall;
 use super::firewall::ruleset::Ruleset;
 use super::host::{Error, Host, Means};
 use super::netlink::{Netlink, RoutesOf};
@@ -29,7 +28,7 @@ pub struct Known {
 /// # Errors
 /// When the kernel cannot be read.
 pub async fn find(known: &Known) -> Result<Vec<Step>, Error> {
-    let host = Host::open(Goal::Del, Means::only(Firewall::default()))?;
+    let host = Host::open(Goal::Del, Means::installed())?;
     let mut present = Present::default();
     host.read_rules(&mut present).await?;
     host.read_firewall(&mut present).await?;
@@ -57,8 +56,7 @@ pub async fn find(known: &Known) -> Result<Vec<Step>, Error> {
 /// # Errors
 /// Each step that failed, with the reason; none where the kernel cannot be reached at all.
 pub async fn remove(steps: &[Step]) -> Result<(), Vec<(Option<Step>, Error)>> {
-    let host = Host::open(Goal::Del, Means::only(Firewall::default()))
-        .map_err(|error| vec![(None, error)])?;
+    let host = Host::open(Goal::Del, Means::installed()).map_err(|error| vec![(None, error)])?;
     let mut failed = Vec::new();
     for step in steps {
         if let Err(error) = host.run(std::slice::from_ref(step)).await {

@@ -4,6 +4,8 @@
 //! | file | owns |
 //! |---|---|
 //! | `events` | the kernel's notifications: which part to read again |
+//! | `look` | reading it again, and what that shows to be lost |
+//! | `mend` | doing what can be done, and saying what was |
 //! | `culprit` | who took a piece away |
 //! | `pieces` | which pieces are lost, which were put back |
 //! | `storm` | how long to wait when something takes them again and again |
@@ -15,6 +17,8 @@
 
 mod culprit;
 mod events;
+mod look;
+mod mend;
 mod pieces;
 pub mod repairs;
 mod storm;
@@ -24,17 +28,16 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error, info};
 
-use crate::model::{Mark, Pathway};
+use crate::model::Pathway;
 
-use super::firewall::{self, same_transaction};
 use super::host::{self, Error, Host, Means, Options, Reading};
-use super::piece::Step;
-use super::plan::{self, Change, Conflict, Facts, Goal, Outcome, Plan};
+use super::plan::{self, Change, Goal};
 use culprit::Culprits;
 use events::{Events, News, Parts};
-use pieces::{Losses, Piece};
+use mend::chain;
+use pieces::Losses;
 use repairs::{Published, Repairs};
 use storm::Storms;
 
@@ -47,9 +50,6 @@ const LONGEST: Duration = Duration::from_millis(25);
 /// The same for what only may change how the scheme looks, such as a route of somebody else's.
 const QUIET_FACTS: Duration = Duration::from_millis(50);
 const LONGEST_FACTS: Duration = Duration::from_millis(250);
-
-/// So many pieces are named in a line of the log; -v has all of them.
-const NAMED: usize = 4;
 
 /// Keeps a set of pathways in place. Runs on a current-thread runtime.
 #[derive(Debug)]
@@ -134,12 +134,6 @@ impl Keeper {
     pub fn installed(&mut self) {
         self.losses.none();
         self.news.parts = Parts::ALL;
-    }
-
-    /// Every pathway has its counts, from 0 on, and no other has.
-    fn count_for_pathways(&mut self) {
-        let marks: BTreeSet<Mark> = self.pathways.iter().map(|one| one.mark).collect();
-        self.repairs.of(&marks);
     }
 
     /// Waits until there may be something to repair. Cancel-safe.
@@ -255,186 +249,6 @@ impl Keeper {
         Ok(round)
     }
 
-    /// Reads again what may have changed, and notes what is lost.
-    async fn look(&mut self, since: Instant) -> Result<(), Error> {
-        let old = (self.pathways.clone(), self.reading.facts.clone());
-        let wanted = self.wanted.borrow_and_update().clone();
-        if wanted != self.pathways {
-            // programs may have been installed since
-            self.host = Host::open(Goal::Add, Means::of(&self.options))?;
-            self.pathways = wanted;
-            self.news.parts = Parts::ALL;
-        }
-        self.events
-            .take(&self.tables, &mut self.news)
-            .map_err(Error::Events)?;
-        if std::mem::take(&mut self.news.overrun) {
-            self.repairs.overruns += 1;
-            warn!("the kernel's events came too fast and some were lost: everything is read again");
-        }
-        let parts = self.news.parts;
-        if parts.any() {
-            let notes = self.reading.notes.clone();
-            self.read_again(parts).await?;
-            self.news.parts = Parts::default();
-            for note in self
-                .reading
-                .notes
-                .iter()
-                .filter(|note| !notes.contains(note))
-            {
-                info!("{note}");
-            }
-        }
-        self.note_losses(&old.0, &old.1, since);
-        self.count_for_pathways();
-        self.publish();
-        Ok(())
-    }
-
-    async fn read_again(&mut self, parts: Parts) -> Result<(), Error> {
-        let Self {
-            host,
-            reading,
-            pathways,
-            ..
-        } = self;
-        if parts.firewall {
-            host.read_firewall(&mut reading.present).await?;
-        }
-        // the back end that holds lines is a fact, too
-        if parts.facts || parts.firewall {
-            let facts = host.read_facts(pathways, &reading.present.firewall);
-            (reading.facts, reading.notes) = facts.await?;
-            host.read_switch(&mut reading.present)?;
-        }
-        if parts.rules {
-            host.read_rules(&mut reading.present).await?;
-        }
-        // rules say which tables matter
-        let tables = plan::tables_to_read(pathways, &reading.present.rules);
-        if parts.routes || tables != self.tables {
-            self.tables = tables;
-            host.read_routes(pathways, &mut reading.present).await?;
-        }
-        Ok(())
-    }
-
-    fn plan_for(&self, pathways: &[Pathway], facts: &Facts) -> Plan {
-        plan::plan(Goal::Add, pathways, facts, &self.reading.present)
-    }
-
-    fn note_losses(&mut self, pathways: &[Pathway], facts: &Facts, since: Instant) {
-        let plan = self.plan_for(&self.pathways, &self.reading.facts);
-        let missing = pieces::missing(&plan);
-        let same = (pathways, facts) == (self.pathways.as_slice(), &self.reading.facts);
-        let old = (!same).then(|| self.plan_for(pathways, facts));
-        let before = match &old {
-            Some(old) => pieces::missing(old),
-            None => missing.clone(),
-        };
-        let culprits = &self.news.culprits;
-        let newly = self.losses.update(&missing, &before, culprits, since);
-        let mut by_mark = BTreeMap::<Mark, Vec<&Piece>>::new();
-        for piece in &newly {
-            by_mark.entry(piece.mark).or_default().push(piece);
-        }
-        let now = Instant::now();
-        for (mark, pieces) in by_mark {
-            let Some(gust) = self.storms.lost(mark, &pieces, now) else {
-                continue;
-            };
-            self.repairs.storms += u64::from(gust.losses == 1);
-            warn!(
-                %mark, by = %self.losses.who(pieces[0]), lost = %named(&pieces), repairs = gust.losses,
-                pause = ?gust.pause,
-                "a storm: something takes the pathway away again and again; waiting before it is put back"
-            );
-        }
-    }
-
-    /// What there is to do now; what forbids it goes to `failures`.
-    fn planned(&self, failures: &mut BTreeSet<String>) -> Plan {
-        let now = Instant::now();
-        let plan = self.plan_for(&self.pathways, &self.reading.facts);
-        failures.extend(plan.conflicts.iter().map(ToString::to_string));
-        let taken: BTreeSet<Mark> = plan.conflicts.iter().map(Conflict::mark).collect();
-        let free = |pathway: &&Pathway| {
-            !taken.contains(&pathway.mark) && !self.storms.holds(pathway.mark, now)
-        };
-        let now: Vec<Pathway> = self.pathways.iter().filter(free).cloned().collect();
-        if now.len() == self.pathways.len() {
-            return plan;
-        }
-        self.plan_for(&now, &self.reading.facts)
-    }
-
-    /// As much as can be done: a piece that fails does not keep the others, but nothing is taken away
-    /// then.
-    async fn apply(&self, changes: Vec<Change>, round: &mut Round) {
-        let steps: Vec<Step> = changes
-            .iter()
-            .map(|change| change.command.clone())
-            .collect();
-        let mut changes = changes.into_iter();
-        let mut last = None::<&Step>;
-        for batch in steps.chunk_by(same_transaction) {
-            if last.is_some_and(|last| firewall::is_switch(last, &batch[0])) {
-                firewall::settle();
-            }
-            last = batch.last();
-            let of: Vec<Change> = changes.by_ref().take(batch.len()).collect();
-            let makes =
-                |change: &Change| matches!(change.outcome, Outcome::Added | Outcome::Adopted);
-            if !round.failures.is_empty() && !of.iter().any(makes) {
-                continue;
-            }
-            match self.host.run(batch).await {
-                Ok(()) => round.applied.extend(of),
-                Err(error) if error.is_network_down() => {
-                    round
-                        .failures
-                        .insert("lo is down, and routes need it".to_owned());
-                }
-                Err(error) => _ = round.failures.insert(chain(&error)),
-            }
-        }
-    }
-
-    /// Counts what was put back, and says so.
-    fn settle(&mut self, applied: &[Change]) {
-        let mended = self.losses.made(applied.iter().filter_map(Piece::made_by));
-        let mut groups = BTreeMap::<(Mark, String), (Instant, Vec<&Piece>)>::new();
-        for (piece, loss) in &mended.repaired {
-            self.repairs.count(piece.mark, piece.kind);
-            debug!(mark = %piece.mark, by = %loss.who, lost = piece.text, "repaired");
-            let group = (piece.mark, loss.who.to_string());
-            let entry = groups.entry(group).or_insert((loss.since, Vec::new()));
-            entry.0 = entry.0.min(loss.since);
-            entry.1.push(piece);
-        }
-        for ((mark, by), (since, pieces)) in groups {
-            let after = since.elapsed();
-            warn!(%mark, by, lost = %named(&pieces), ?after, "repaired");
-        }
-        if !mended.completed.is_empty() {
-            let pieces: Vec<&Piece> = mended.completed.iter().collect();
-            info!(pieces = pieces.len(), made = %named(&pieces), "completed");
-        }
-        let mut others = BTreeMap::<Outcome, Vec<String>>::new();
-        for change in applied
-            .iter()
-            .filter(|change| change.outcome != Outcome::Added)
-        {
-            let of = others.entry(change.outcome).or_default();
-            of.push(change.command.to_string());
-        }
-        for (outcome, commands) in others {
-            info!(changes = commands.len(), done = %some_of(&commands), "{outcome}");
-        }
-        self.publish();
-    }
-
     fn complain(&mut self, failures: BTreeSet<String>) {
         let text = failures.into_iter().collect::<Vec<_>>().join("; ");
         if text != self.complaint && !text.is_empty() {
@@ -480,31 +294,4 @@ impl Keeper {
         }
         line
     }
-}
-
-/// The pieces of one line.
-fn named(pieces: &[&Piece]) -> String {
-    let texts: Vec<&str> = pieces.iter().map(|piece| piece.text.as_str()).collect();
-    some_of(&texts)
-}
-
-fn some_of(texts: &[impl AsRef<str>]) -> String {
-    let first: Vec<&str> = texts.iter().take(NAMED).map(AsRef::as_ref).collect();
-    let mut text = first.join("; ");
-    let more = texts.len().saturating_sub(NAMED);
-    if more > 0 {
-        text.push_str(&format!("; and {more} more"));
-    }
-    text
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }

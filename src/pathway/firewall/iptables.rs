@@ -48,12 +48,13 @@ impl Iptables {
     }
 
     /// Whether lines of ours are, or would be, in a table of legacy's: the kernel tells of no change there.
-    pub(crate) fn is_silent(&self, found: &[Ruleset]) -> bool {
+    /// `writes` is whether lines are written with iptables at all.
+    pub(crate) fn is_silent(&self, found: &[Ruleset], writes: bool) -> bool {
         let tools = self.0.iter().flat_map(|(_, tools)| tools);
         let mut legacy = tools.filter(|tool| tool.variant == Variant::Legacy);
         legacy.any(|tool| {
             let of_family = || found.iter().filter(|one| one.family == tool.family);
-            let written = of_family().next();
+            let written = of_family().next().filter(|_| writes);
             let ours = of_family().filter(|one| one.has_ours());
             ours.chain(written).any(|one| one.program == tool.program)
         })

@@ -192,11 +192,17 @@ fn drain(
     news: &mut News,
     mut of: impl FnMut(&Message<'_>, &mut News),
 ) -> io::Result<()> {
+    let number = socket.as_raw_fd();
+    let receive = |buffer: &mut [u8]| Ok(recv(number, buffer, MsgFlags::MSG_DONTWAIT)?);
     for _ in 0..AT_A_TIME {
-        let number = socket.as_raw_fd();
-        let received = socket.try_io(tokio::io::Interest::READABLE, |_| {
-            Ok(recv(number, buffer, MsgFlags::MSG_DONTWAIT)?)
-        });
+        // the runtime may not have noticed yet that there is something; and where there is nothing, it
+        // must learn that, or the next wait would not wait
+        let received = match receive(buffer) {
+            Err(error) if io::Error::kind(&error) == ErrorKind::WouldBlock => {
+                socket.try_io(tokio::io::Interest::READABLE, |_| receive(buffer))
+            }
+            received => received,
+        };
         let length = match received {
             Ok(length) => length,
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),

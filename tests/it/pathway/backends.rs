@@ -4,14 +4,16 @@ mod cost;
 mod none;
 
 use std::process::Command;
+use std::time::Duration;
 
 use mmproxyctl::pathway::{Firewall, Outcome};
+use nix::sys::signal::Signal;
 
 use super::cells::{LIMIT, Lab, under_traffic};
 use super::{
     add, assert_same, ctl, del, effects, finish, interface, json, listing, pathway, programs,
 };
-use crate::support::net::Host;
+use crate::support::net::{Host, wait_for};
 
 const XTABLES: &str = "/usr/sbin/xtables-nft-multi";
 
@@ -356,6 +358,36 @@ fn with_net_admin_and_nothing_else() {
     copy_environment(&target, &mut command);
     let (code, out, err) = finish(command);
     assert_eq!((code, out.as_str()), (0, "mark 123: in place\n"), "{err}");
+}
+
+#[test]
+fn the_watch_keeps_the_table() {
+    let host = nft_host("watched");
+    host.write("etc/pathways.conf", "123\n124\n");
+    let before = listing(&host);
+    let mut watch = host.spawn(host.mmproxyctl("pathway watch"));
+    watch.wait_log("pathways are in place");
+    let whole = effects(&host);
+    for command in [
+        "nft flush ruleset",
+        "nft flush table inet mmproxy",
+        "nft flush chain inet mmproxy save-0x7b-0xff",
+        "nft add table inet mmproxy { flags dormant ; }",
+        "nft insert rule inet mmproxy output accept",
+    ] {
+        host.run(command);
+        wait_for(&format!("what '{command}' broke: {}", watch.log()), || {
+            effects(&host) == whole
+        });
+    }
+    let log = watch.log();
+    assert!(
+        log.contains("by=nft, pid ") || log.contains("by=\"nft, pid "),
+        "{log}"
+    );
+    watch.signal(Signal::SIGTERM);
+    assert!(watch.wait(Duration::from_secs(10)).success());
+    assert_same(&listing(&host), &before, "listing");
 }
 
 #[test]

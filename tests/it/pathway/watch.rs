@@ -372,3 +372,34 @@ fn a_watch_that_is_killed_leaves_no_lock_and_no_gap() {
     wait_for("the second one to repair", || effects(&host) == whole);
     kill(Pid::from_raw(second.pid().as_raw()), Signal::SIGTERM).unwrap();
 }
+
+#[test]
+fn what_the_native_table_loses_is_put_back() {
+    let host = host();
+    let before = listing(&host);
+    let mut running = watch(&host, "--firewall nftables");
+    let table = || host.run("nft list table inet mmproxy");
+    let whole = table();
+    let mut lines = 0;
+    for command in [
+        "nft delete table inet mmproxy",
+        "nft flush table inet mmproxy",
+        "nft flush ruleset",
+    ] {
+        host.run(command);
+        wait_for(&format!("what '{command}' took: {}", running.log()), || {
+            host.try_run("nft list table inet mmproxy").stdout == whole.as_bytes()
+                && told(&running).len() > lines
+        });
+        for line in &told(&running)[lines..] {
+            assert!(line.contains("by=\"nft, pid "), "{command}: {line}");
+        }
+        lines = told(&running).len();
+    }
+    let log = running.log();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(running.log(), log);
+    running.signal(Signal::SIGTERM);
+    assert!(running.wait(Duration::from_secs(10)).success());
+    assert_same(&listing(&host), &before, "the end of the watch");
+}
