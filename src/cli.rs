@@ -91,7 +91,7 @@ pub enum Command {
     #[command(subcommand)]
     Pathway(PathwayCommand),
     /// Run relays in the foreground: one process, one relay per instance
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Have running processes read the files again; unchanged instances are not touched
     Reload(ReloadArgs),
     /// Have running processes start this program anew and hand over to it; no connection is lost

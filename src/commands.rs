@@ -81,7 +81,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     let Cli { global, command } = cli;
     match command {
         Command::Pathway(command) => pathway::run(&global, command),
-        Command::Run(args) => run::run(&global, args),
+        Command::Run(args) => run::run(&global, *args),
         Command::Reload(args) => reload::run(&global, &args),
         Command::Release(args) => release::run(&global, &args),
         Command::Upgrade(args) => upgrade::run(&global, &args),
