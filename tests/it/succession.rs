@@ -103,7 +103,9 @@ fn a_release_without_a_keeper_stays_in_the_foreground() {
     // the answer goes out before the listener is closed
     let mut client_ports = 40003..;
     wait_for("it listens no more", || {
-        client_ports.next().is_some_and(|port| lab.proxied(2001, port).is_err())
+        client_ports
+            .next()
+            .is_some_and(|port| lab.proxied(2001, port).is_err())
     });
     open.echo("still there");
     open.close();
