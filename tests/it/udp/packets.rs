@@ -78,7 +78,7 @@ fn tos_and_ecn_both_ways() {
 
 /// What the socket sends from here on has this TOS, or traffic class.
 fn send_with_tos(socket: &UdpSocket, tos: u8) {
-    let is_v4 = socket.local_addr().unwrap().is_ipv4();
+    let is_v4 = socket.local_addr().expect("an address").is_ipv4();
     let socket = SockRef::from(socket);
     match is_v4 {
         true => socket.set_tos_v4(tos.into()),
@@ -89,7 +89,7 @@ fn send_with_tos(socket: &UdpSocket, tos: u8) {
 
 /// What the socket receives comes with its TOS, or traffic class.
 fn receive_tos(socket: &UdpSocket) {
-    let is_v4 = socket.local_addr().unwrap().is_ipv4();
+    let is_v4 = socket.local_addr().expect("an address").is_ipv4();
     let socket = SockRef::from(socket);
     match is_v4 {
         true => socket.set_recv_tos_v4(true),
