@@ -4,7 +4,7 @@ if [ "$1" -eq 0 ]; then
         for unit in $(systemctl list-units --plain --no-legend 'mmproxy.service' 'mmproxy@*.service' | cut -d ' ' -f 1) \
             mmproxy-pathways.service; do
             case $(systemctl show --value -p FragmentPath "$unit") in
-                /usr/lib/systemd/system/*) systemctl stop "$unit" || true ;;
+                /usr/lib/systemd/system/* | /lib/systemd/system/*) systemctl stop "$unit" || true ;;
             esac
         done
     fi

@@ -80,8 +80,9 @@ fn the_debian_package_takes_the_place_of_go_mmproxy() {
     systemd.run("dpkg -i /root/new.deb");
     let states =
         systemd.run("dpkg-query -W -f ${Package}:${db:Status-Abbrev}\\n go-mmproxy mmproxyctl");
+    // c: of the other package only its configuration is there
     assert!(
-        states.contains("go-mmproxy:rc") && states.contains("mmproxyctl:ii"),
+        states.contains("go-mmproxy:ic") && states.contains("mmproxyctl:ii"),
         "{states}"
     );
     for name in ["go-mmproxy", "mmproxy"] {
@@ -107,6 +108,7 @@ fn the_debian_package_takes_the_place_of_go_mmproxy() {
         "10.0.0.1:2222".parse().expect("an address"),
         "203.0.113.7:41004",
     );
+    assert_eq!(services[0].peer().port(), 41_004);
     let before = systemd.show("mmproxy@ssh", "MainPID");
     systemd.run("dpkg -i /root/new.deb");
     systemd.wait_active(&["mmproxy-pathways", "mmproxy@ssh"]);
