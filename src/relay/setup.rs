@@ -6,13 +6,11 @@
 
 use std::cell::RefCell;
 use std::future::Future;
-use std::io::{self, Write};
-use std::net::SocketAddr;
+use std::io::{self, Read, Write};
+use std::net::{self, SocketAddr};
 use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, trace};
@@ -54,7 +52,10 @@ enum Verdict {
 }
 
 /// Does everything that needs no wait.
-pub(super) fn begin(conn: &Conn, cx: &mut Context<'_>, mut client: TcpStream) -> Begun {
+///
+/// The first read comes before the socket is registered with the event loop: a fresh registration knows of
+/// nothing to read, and a header that is there already would be waited for, with a timer and an allocation.
+pub(super) fn begin(conn: &Conn, client: net::TcpStream) -> Begun {
     // a process that could open the socket's file was let in by its permissions
     let trusted = match conn.entry.proxy() {
         ProxyAddr::Inet(addr) => conn.settings().allow.allows(addr.ip()),
@@ -70,17 +71,23 @@ pub(super) fn begin(conn: &Conn, cx: &mut Context<'_>, mut client: TcpStream) ->
         return Begun::Over;
     }
     let mut buffer = conn.shared.buffer.borrow_mut();
-    let mut read = ReadBuf::new(&mut buffer);
-    // tokio takes a fresh socket for readable: the first read needs no readiness event
-    let received = match Pin::new(&mut client).poll_read(cx, &mut read) {
-        Poll::Ready(Ok(())) if !read.filled().is_empty() => read.filled(),
-        Poll::Ready(_) => {
+    let received = match (&client).read(&mut buffer) {
+        Ok(length @ 1..) => &buffer[..length],
+        Err(error) if is_for_later(&error) => &[],
+        Ok(_) | Err(_) => {
             ended_without_header(conn, &[]);
             return Begun::Over;
         }
-        Poll::Pending => &[],
     };
-    match judge(conn, received) {
+    let verdict = judge(conn, received);
+    let client = match TcpStream::from_std(client) {
+        Ok(client) => client,
+        Err(error) => {
+            debug!(proxy.addr = %conn.entry.proxy(), %error, "cannot watch a connection");
+            return Begun::Over;
+        }
+    };
+    match verdict {
         Verdict::Opened(opened) if opened.connected => {
             conn.counters.header_wait.observe(Duration::ZERO);
             Begun::Ready(paired(conn, client, opened))
@@ -111,6 +118,13 @@ pub(super) fn begin(conn: &Conn, cx: &mut Context<'_>, mut client: TcpStream) ->
             Begun::Over
         }
     }
+}
+
+fn is_for_later(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
 }
 
 /// A place among the connections that wait for their header.

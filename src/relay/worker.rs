@@ -6,6 +6,7 @@
 
 use std::future::Future;
 use std::io;
+use std::net::TcpStream;
 use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -15,7 +16,6 @@ use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use nix::errno::Errno;
-use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 use tracing::{Span, debug, info_span, warn};
 
@@ -267,13 +267,6 @@ fn deal(worker: &Rc<Worker>, accepted: Accepted) {
 
 fn adopt(worker: &Rc<Worker>, accepted: Accepted) {
     let Accepted { socket, peer, port } = accepted;
-    let client = match TcpStream::from_std(socket) {
-        Ok(client) => client,
-        Err(error) => {
-            debug!(proxy.addr = %peer, %error, "cannot watch a connection");
-            return;
-        }
-    };
     let proxy = peer;
     worker.counters.accepted.add(1);
     worker.common.ports.count(port);
@@ -286,12 +279,12 @@ fn adopt(worker: &Rc<Worker>, accepted: Accepted) {
             (proxy, None),
             &"refused: max-connections are open",
         );
-        socket::reset_on_close(&client);
+        socket::reset_on_close(&socket);
         return;
     };
     tokio::task::spawn_local(Connection {
         live,
-        stage: Stage::Accepted(client),
+        stage: Stage::Accepted(socket),
     });
 }
 
@@ -379,7 +372,7 @@ impl Future for Connection {
                     };
                     let _named = conn.span.enter();
                     conn.registry.woken_by(&conn.entry, cx.waker());
-                    *stage = match setup::begin(conn, cx, client) {
+                    *stage = match setup::begin(conn, client) {
                         Begun::Ready(pair) => Stage::Relaying(pair),
                         Begun::Slow(slow) => Stage::Slow(slow),
                         Begun::Over => Stage::Over,
