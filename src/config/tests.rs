@@ -540,7 +540,7 @@ error: unknown option 'timeout'
  --> /etc/mmproxy/instances.tsv:1:37
   |
 1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
-  |                                                       ^^^^^^^ expected one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=, socket-mode=, socket-owner=, resolve=
+  |                                                       ^^^^^^^ expected one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=, socket-mode=, socket-owner=, resolve=, target=, destinations=
 
 error: nothing between two commas, or behind the last
  --> /etc/mmproxy/instances.tsv:1:37
@@ -560,7 +560,7 @@ error: 'x' is not an option
  --> /etc/mmproxy/instances.tsv:1:68
   |
 1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
-  |                                                                                      ^ expected key=value, the key one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=, socket-mode=, socket-owner=, resolve=
+  |                                                                                      ^ expected key=value, the key one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=, socket-mode=, socket-owner=, resolve=, target=, destinations=
 "#]]
     );
     assert_data_eq!(
@@ -1213,7 +1213,25 @@ fn targets_that_are_names_or_in_the_header() {
     );
     assert_data_eq!(
         said_of_instances("a\t1\t192.0.2.9:1\t127.0.0.l\t22\tdocker:a/b\tresolve=5ms\n"),
-        str![]
+        str![[r#"
+error: '127.0.0.l' is neither an IPv4 address nor a name
+ --> /etc/mmproxy/instances.tsv:1:17
+  |
+1 | a    1    192.0.2.9:1    127.0.0.l    22    docker:a/b    resolve=5ms
+  |                          ^^^^^^^^^ expected an IPv4 address such as 127.0.0.1, a name, docker:NAME, or - where IPv4 is not served
+
+error: 'docker:a/b' is a prefix, not an IPv6 address
+ --> /etc/mmproxy/instances.tsv:1:30
+  |
+1 | a    1    192.0.2.9:1    127.0.0.l    22    docker:a/b    resolve=5ms
+  |                                             ^^^^^^^^^^ expected an IPv6 address such as ::1, a name, docker:NAME, or - where IPv6 is not served
+
+error: '5ms' is too short to look names up again
+ --> /etc/mmproxy/instances.tsv:1:49
+  |
+1 | a    1    192.0.2.9:1    127.0.0.l    22    docker:a/b    resolve=5ms
+  |                                                                   ^^^ expected 1s or more
+"#]]
     );
     assert_data_eq!(
         said_of_instances(
@@ -1222,6 +1240,88 @@ fn targets_that_are_names_or_in_the_header() {
              c\t1\t192.0.2.9:3\t127.0.0.1\t22\t-\ttarget=header,destinations=0.0.0.0/0++x\n\
              d\t1\t192.0.2.9:4\t-\t-\t-\ttarget=me\n"
         ),
-        str![]
+        str![[r#"
+error: '-' is not a range of ports
+ --> /etc/mmproxy/instances.tsv:1:19
+  |
+1 | a    1    192.0.2.9:1    -    -    -    target=header
+  |                               ^ expected a port from 1 to 65535, or a range such as 10000-10999, the smaller one first
+
+error: neither family has a target
+ --> /etc/mmproxy/instances.tsv:1:21
+  |
+1 | a    1    192.0.2.9:1    -    -    -    target=header
+  |                          -         ^ expected an address in column 4 (target_ipv4) or column 6 (target_ipv6)
+  |                          |
+  |                          nor here
+
+error: target=header without destinations=
+ --> /etc/mmproxy/instances.tsv:1:23
+  |
+1 | a    1    192.0.2.9:1    -    -    -    target=header
+  |                                         ^^^^^^^^^^^^^ expected destinations=: the services' own addresses or networks with + between them, such as 10.0.0.5+fd00:1::/64
+
+error: destinations= means nothing without target=header
+ --> /etc/mmproxy/instances.tsv:2:32
+  |
+2 | b    1    192.0.2.9:2    127.0.0.1    22    -    destinations=10.0.0.1
+  |                                                  ^^^^^^^^^^^^^^^^^^^^^ expected target=header beside it
+
+error: column 4 (target_ipv4) with target=header
+ --> /etc/mmproxy/instances.tsv:3:17
+  |
+3 | c    1    192.0.2.9:3    127.0.0.1    22    -    target=header,destinations=0.0.0.0/0++x
+  |                          ^^^^^^^^^ expected -, because the header says where the service is
+
+error: column 5 (target_port) with target=header
+ --> /etc/mmproxy/instances.tsv:3:27
+  |
+3 | c    1    192.0.2.9:3    127.0.0.1    22    -    target=header,destinations=0.0.0.0/0++x
+  |                                       ^^ expected -, because the header says where the service is
+
+error: targets= has an empty entry
+ --> /etc/mmproxy/instances.tsv:3:46
+  |
+3 | c    1    192.0.2.9:3    127.0.0.1    22    -    target=header,destinations=0.0.0.0/0++x
+  |                                                                ^^^^^^^^^^^^^^^^^^^^^^^^^ expected the services' own addresses or networks with + between them, such as 10.0.0.5+fd00:1::/64
+
+error: 0.0.0.0/0 as target would lead every packet with the mark back to this host
+ --> /etc/mmproxy/instances.tsv:3:59
+  |
+3 | c    1    192.0.2.9:3    127.0.0.1    22    -    target=header,destinations=0.0.0.0/0++x
+  |                                                                             ^^^^^^^^^ expected the services' own addresses or networks with + between them, such as 10.0.0.5+fd00:1::/64
+
+error: 'x' is not a prefix
+ --> /etc/mmproxy/instances.tsv:3:70
+  |
+3 | c    1    192.0.2.9:3    127.0.0.1    22    -    target=header,destinations=0.0.0.0/0++x
+  |                                                                                        ^ expected the services' own addresses or networks with + between them, such as 10.0.0.5+fd00:1::/64
+
+error: '-' is not a range of ports
+ --> /etc/mmproxy/instances.tsv:4:19
+  |
+4 | d    1    192.0.2.9:4    -    -    -    target=me
+  |                               ^ expected a port from 1 to 65535, or a range such as 10000-10999, the smaller one first
+
+error: neither family has a target
+ --> /etc/mmproxy/instances.tsv:4:21
+  |
+4 | d    1    192.0.2.9:4    -    -    -    target=me
+  |                          -         ^ expected an address in column 4 (target_ipv4) or column 6 (target_ipv6)
+  |                          |
+  |                          nor here
+
+error: target= is something else than 'header'
+ --> /etc/mmproxy/instances.tsv:4:23
+  |
+4 | d    1    192.0.2.9:4    -    -    -    target=me
+  |                                         ^^^^^^^^^ expected target=header, or no target= and the service in columns 4 to 6
+
+error: target=header without destinations=
+ --> /etc/mmproxy/instances.tsv:4:23
+  |
+4 | d    1    192.0.2.9:4    -    -    -    target=me
+  |                                         ^^^^^^^^^ expected destinations=: the services' own addresses or networks with + between them, such as 10.0.0.5+fd00:1::/64
+"#]]
     );
 }

@@ -182,7 +182,7 @@ impl FromStr for PortRange {
                     EXPECTED,
                 )
             }),
-            _ if text.contains('-') => Err(ValueError::new(
+            _ if text.contains('-') && text != "-" => Err(ValueError::new(
                 format!("'{text}' is not a range of ports"),
                 EXPECTED,
             )),
