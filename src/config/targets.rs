@@ -66,7 +66,7 @@ fn parse_target(text: &str) -> Result<Target, ValueError> {
     const EXPECTED: &str =
         "the services' own addresses or networks such as 10.0.0.5 or fd00:1::/64";
     if text.is_empty() {
-        return Err(ValueError::new("targets= has an empty entry", EXPECTED));
+        return Err(ValueError::new("an entry of the list is empty", EXPECTED));
     }
     let given = parse_prefix(text).map_err(|mistake| ValueError::new(mistake.problem, EXPECTED))?;
     let network = given.trunc();

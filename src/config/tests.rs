@@ -291,7 +291,7 @@ fn pathway_targets() {
             "123 targets=10.0.0.0/33,,0.0.0.0/0,::/0,224.0.0.1,126.0.0.0/7,::ffff:10.0.0.1,0.0.0.0"
         ),
         str![[r#"
-error: targets= has an empty entry
+error: an entry of the list is empty
  --> /etc/mmproxy/pathways.conf:1:5
   |
 1 | 123 targets=10.0.0.0/33,,0.0.0.0/0,::/0,224.0.0.1,126.0.0.0/7,::ffff:10.0.0.1,0.0.0.0
@@ -1279,7 +1279,7 @@ error: column 5 (target_port) with target=header
 3 | c    1    192.0.2.9:3    127.0.0.1    22    -    target=header,destinations=0.0.0.0/0++x
   |                                       ^^ expected -, because the header says where the service is
 
-error: targets= has an empty entry
+error: an entry of the list is empty
  --> /etc/mmproxy/instances.tsv:3:46
   |
 3 | c    1    192.0.2.9:3    127.0.0.1    22    -    target=header,destinations=0.0.0.0/0++x

@@ -13,6 +13,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -22,6 +23,9 @@ use super::namespace::{Error as NamespaceError, Namespace};
 
 /// Where services listen: TCP, and UDP. Those on wks01's own addresses listen one port further on.
 const PORTS: (u16, u16) = (8080, 5353);
+
+/// How long an address may stay taken by a service that was stopped.
+const LET_GO: Duration = Duration::from_secs(2);
 
 /// Why there is no clinic, or a command in it failed.
 #[derive(Debug, thiserror::Error)]
@@ -374,10 +378,20 @@ impl Drop for Clinic {
 }
 
 fn bind(udp: bool, address: SocketAddr) -> Result<Service, Error> {
-    let bound = if udp {
-        UdpSocket::bind(address).map(OwnedFd::from)
-    } else {
-        TcpListener::bind(address).map(OwnedFd::from)
+    let end = Instant::now() + LET_GO;
+    let bound = loop {
+        let bound = if udp {
+            UdpSocket::bind(address).map(OwnedFd::from)
+        } else {
+            TcpListener::bind(address).map(OwnedFd::from)
+        };
+        match bound {
+            // a child that is just being forked holds what was open until it executes its program
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            bound => break bound,
+        }
     };
     Ok(Service {
         udp,

@@ -2,11 +2,11 @@
 //!
 //! | file | judges |
 //! |---|---|
-//! | [`pathways`] | missing pieces, leftovers, IPv6 |
-//! | [`marks`] | bits of the mark that others use |
-//! | [`ways`] | one target: the service, rules in the way, firewalls, filters |
-//! | [`relays`] | what a running relay has met: proxies, headers, descriptors |
-//! | [`edits`] | the commands that change configuration files |
+//! | `pathways` | missing pieces, leftovers, IPv6 |
+//! | `marks` | bits of the mark that others use |
+//! | `ways` | one target: the service, rules in the way, firewalls, filters |
+//! | `relays` | what a running relay has met: proxies, headers, descriptors |
+//! | `edits` | the commands that change configuration files |
 //!
 //! Causes come before consequences: where a piece of a pathway is missing, a time-out needs no other
 //! explanation.

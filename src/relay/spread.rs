@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn short_ones_stay_unless_it_is_out_of_hand() {
         assert_eq!(deal(2, 2, Turnover::Fast), [2, 0]);
-        assert_eq!(deal(2, 90, Turnover::Fast), [61, 29]);
+        assert_eq!(deal(2, 90, Turnover::Fast), [60, 30]);
     }
 
     #[test]

@@ -15,7 +15,7 @@ for ip in 'ip' 'ip -6'; do
     $ip rule add priority 5250 fwmark 0x80000/0xff0000 unreachable
     $ip rule add priority 5270 lookup 52
 done
-ip link add tailscale0 type dummy; ip link set tailscale0 up
+ip link add tailscale0 type veth peer name derp0; ip link set derp0 up; ip link set tailscale0 up
 ip address add 100.101.102.123/32 dev tailscale0
 ip route add 100.64.0.0/10 dev tailscale0 table 52
 ip -6 route add fd7a:115c:a1e0::/48 dev tailscale0 table 52

@@ -41,6 +41,8 @@ fn short_connections(port: PortPolicy, range: RangeInclusive<u16>, count: usize)
     let (low, high) = (*range.start(), *range.end());
     lab.wks
         .sysctl("net.ipv4.ip_local_port_range", &format!("{low} {high}"));
+    // over loopback the kernel would use a tuple again after a second of its TIME_WAIT, and fewer were left
+    lab.wks.sysctl("net.ipv4.tcp_tw_reuse", "0");
     let own_connections = |when: &str| {
         lab.wks.enter(|| {
             for to in [elsewhere.addr, service.addr] {

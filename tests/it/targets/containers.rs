@@ -170,7 +170,7 @@ fn asked(engine: &Engine<'_>, client: &str) {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("an answer");
     assert!(answer.starts_with("HTTP/1."), "{answer}");
-    let client = client.replace('[', "").replace(']', "");
+    let client = client.replace(['[', ']'], "");
     let (ip, port) = client.rsplit_once(':').expect("a port");
     wait_for(&format!("{client} in the container's log"), || {
         let log = engine.podman("logs web");
