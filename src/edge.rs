@@ -86,7 +86,8 @@ impl Edge {
                     instance.name
                 )));
             }
-            None if matches!(instance.listen, Listen::Network(all) if all.network().hosts().nth(1).is_some()) => {
+            None if matches!(instance.listen, Listen::Network(all) if all.network().hosts().nth(1).is_some()) =>
+            {
                 return Err(EdgeError(format!(
                     "{} takes whatever is routed to this host for {}: name the one that the proxy connects to \
                      with --address",
@@ -158,7 +159,9 @@ impl Facts<'_> {
             _ => "",
         };
         let route = match self.routed {
-            true => "That address is not the relay host's own: packets for it must be routed there (a static route).",
+            true => {
+                "That address is not the relay host's own: packets for it must be routed there (a static route)."
+            }
             false => "",
         };
         for line in lines

@@ -18,7 +18,8 @@ pub use addr::{ClientAddr, Family, ListenAddr, ProxyAddr, TargetAddr};
 pub use allow::{AllowList, parse_prefix};
 pub use duration::{MAX_DURATION, parse_duration};
 pub use instance::{
-    Instance, InstanceName, InstanceOptions, ListenMode, PortPolicy, Protocol, TargetPorts, UdpHeader,
+    Instance, InstanceName, InstanceOptions, ListenMode, PortPolicy, Protocol, TargetPorts,
+    UdpHeader,
 };
 pub use listen::{Endpoint, Listen, ListenRange, PortRange, SocketPath};
 pub use network::{Interception, ListenNetwork};

@@ -9,7 +9,8 @@ use super::diagnostics::{Diagnostic, Diagnostics};
 use super::options::Options;
 use super::source::{Source, Word};
 use crate::model::{
-    InstanceOptions, Listen, ListenMode, PortPolicy, Protocol, UdpHeader, ValueError, parse_duration,
+    InstanceOptions, Listen, ListenMode, PortPolicy, Protocol, UdpHeader, ValueError,
+    parse_duration,
 };
 
 /// Every option there is, by its key.

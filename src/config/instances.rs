@@ -224,14 +224,14 @@ impl<'s> Cells<'s> {
         });
         let name = self.take(columns::NAME, row.name, found);
         let mark = self.take(columns::FWMARK, row.fwmark, found);
-        let listen = self
-            .take(columns::LISTEN, row.listen_addr, found)
-            .and_then(|(listen, word)| {
-                let place = (&listen, word);
-                let mode = options.listen;
-                instance_options::listen_as(self.source, place, cell, mode, found)
-                    .map(|listen| (listen, word))
-            });
+        let listen =
+            self.take(columns::LISTEN, row.listen_addr, found)
+                .and_then(|(listen, word)| {
+                    let place = (&listen, word);
+                    let mode = options.listen;
+                    instance_options::listen_as(self.source, place, cell, mode, found)
+                        .map(|listen| (listen, word))
+                });
         let target4 = self.take(columns::TARGET4, row.target_ipv4, found);
         let no_port = in_header
             && self

@@ -174,10 +174,13 @@ fn check_listeners<'l>(
 /// What is handed to a transparent listener reaches nobody else: neither another one nor a socket on one of
 /// the addresses.
 fn check_networks(source: &Source, lines: &[Line<'_>], found: &mut Diagnostics) {
-    let networks = lines.iter().enumerate().filter_map(|(at, line)| match &line.listen {
-        Some((Listen::Network(network), word)) => Some((at, line, *network, *word)),
-        _ => None,
-    });
+    let networks = lines
+        .iter()
+        .enumerate()
+        .filter_map(|(at, line)| match &line.listen {
+            Some((Listen::Network(network), word)) => Some((at, line, *network, *word)),
+            _ => None,
+        });
     for (at, line, network, word) in networks {
         let mut others = lines.iter().enumerate().filter(|(other, _)| *other != at);
         let meets = others.find_map(|(other, theirs)| {
@@ -185,7 +188,8 @@ fn check_networks(source: &Source, lines: &[Line<'_>], found: &mut Diagnostics) 
             let both_networks = matches!(listen, Listen::Network(_));
             // said once, at the later one
             let is_turn = !both_networks || other < at;
-            let meets = theirs.protocol == line.protocol && is_turn && network.overlaps(whole(listen)?);
+            let meets =
+                theirs.protocol == line.protocol && is_turn && network.overlaps(whole(listen)?);
             meets.then_some((listen, *place))
         });
         if let Some((listen, place)) = meets {

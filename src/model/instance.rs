@@ -12,8 +12,8 @@ use serde::Serialize;
 
 use super::duration::{self, Written};
 use super::{
-    Answers, Family, Interception, Listen, Mark, NamedTargets, PortRange, SocketMode, SocketOwner, TargetAddr,
-    ValueError,
+    Answers, Family, Interception, Listen, Mark, NamedTargets, PortRange, SocketMode, SocketOwner,
+    TargetAddr, ValueError,
 };
 
 /// The name of an instance: `[A-Za-z0-9][A-Za-z0-9._-]*`, which systemd can carry as `mmproxy@NAME`.

@@ -47,12 +47,14 @@ impl Listen {
         match (self, endpoint) {
             (Self::Unix(path), Endpoint::Unix(other)) => path == other,
             (Self::Network(all), Endpoint::Transparent(addr)) => all.socket() == *addr,
-            (Self::Address(_) | Self::Range(_), Endpoint::Inet(addr)) => self.ports().is_some_and(|range| {
-                let mut first = *addr;
-                first.set_port(range.first().port());
-                let ports = range.first().port()..=range.last();
-                first == range.first() && ports.contains(&addr.port())
-            }),
+            (Self::Address(_) | Self::Range(_), Endpoint::Inet(addr)) => {
+                self.ports().is_some_and(|range| {
+                    let mut first = *addr;
+                    first.set_port(range.first().port());
+                    let ports = range.first().port()..=range.last();
+                    first == range.first() && ports.contains(&addr.port())
+                })
+            }
             _ => false,
         }
     }
@@ -406,7 +408,7 @@ mod tests {
             ("10.0.0.1:0-8", "'0-8' is not a range of ports"),
             ("10.0.0.1:1-65536", "'1-65536' is not a range of ports"),
             ("10.0.0.1:1-2-3", "'1-2-3' is not a range of ports"),
-            ("10.0.0.1:-", "'-' is not a range of ports"),
+            ("10.0.0.1:-", "'-' is not a port"),
             ("10.0.0.1:+1-3", "'+1-3' is not a range of ports"),
             ("nobody:1-3", "'nobody:1-3' is not a listen address"),
             (

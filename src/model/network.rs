@@ -143,7 +143,9 @@ fn unusable(network: IpNet) -> Option<&'static str> {
         _ if network.prefix_len() == 0 => {
             Some("is every address there is, this host's own services' too")
         }
-        _ if covers(loopback) || addr.is_loopback() => Some("covers loopback, which is never routed"),
+        _ if covers(loopback) || addr.is_loopback() => {
+            Some("covers loopback, which is never routed")
+        }
         _ if covers(multicast) || addr.is_multicast() => Some("covers multicast"),
         _ if addr.is_unspecified() => Some("is no network that is routed"),
         IpAddr::V6(v6) if v6.is_unicast_link_local() => {
@@ -213,20 +215,53 @@ mod tests {
     #[test]
     fn what_is_no_network_to_listen_on() {
         for (text, problem) in [
-            ("203.0.113.0/24", "'203.0.113.0/24' has no port behind the network's length"),
-            ("2001:db8::/64", "'2001:db8::/64' has no port behind the network's length"),
+            (
+                "203.0.113.0/24",
+                "'203.0.113.0/24' has no port behind the network's length",
+            ),
+            (
+                "2001:db8::/64",
+                "'2001:db8::/64' has no port behind the network's length",
+            ),
             ("203.0.113.0/24:0", "'0' is not a port"),
-            ("203.0.113.0/24:9-8", "the range of ports 9-8 ends before it begins"),
-            ("203.0.113.7/24:443", "203.0.113.7/24 has bits set behind its length"),
-            ("2001:db8::/64:443", "'2001:db8::' is no address of a network"),
-            ("[203.0.113.0]/24:443", "'203.0.113.0' is no address of a network"),
-            ("0.0.0.0/0:443", "0.0.0.0/0 is every address there is, this host's own services' too"),
-            ("[::]/0:443", "::/0 is every address there is, this host's own services' too"),
-            ("127.0.0.0/8:443", "127.0.0.0/8 covers loopback, which is never routed"),
-            ("0.0.0.0/1:443", "0.0.0.0/1 covers loopback, which is never routed"),
+            (
+                "203.0.113.0/24:9-8",
+                "the range of ports 9-8 ends before it begins",
+            ),
+            (
+                "203.0.113.7/24:443",
+                "203.0.113.7/24 has bits set behind its length",
+            ),
+            (
+                "2001:db8::/64:443",
+                "'2001:db8::' is no address of a network",
+            ),
+            (
+                "[203.0.113.0]/24:443",
+                "'[203.0.113.0]' is no address of a network",
+            ),
+            (
+                "0.0.0.0/0:443",
+                "0.0.0.0/0 is every address there is, this host's own services' too",
+            ),
+            (
+                "[::]/0:443",
+                "::/0 is every address there is, this host's own services' too",
+            ),
+            (
+                "127.0.0.0/8:443",
+                "127.0.0.0/8 covers loopback, which is never routed",
+            ),
+            (
+                "0.0.0.0/1:443",
+                "0.0.0.0/1 covers loopback, which is never routed",
+            ),
             ("128.0.0.0/1:443", "128.0.0.0/1 covers multicast"),
             ("0.0.0.0/8:443", "0.0.0.0/8 is no network that is routed"),
-            ("[fe80::]/64:443", "fe80::/64 is link-local, which is never routed"),
+            (
+                "[fe80::]/64:443",
+                "fe80::/64 is link-local, which is never routed",
+            ),
         ] {
             let mistake = text.parse::<ListenNetwork>().expect_err(text);
             assert_eq!(mistake.problem, problem, "{text}");

@@ -68,10 +68,7 @@ pub(super) fn listeners(
 }
 
 /// One more on an address that others of this user share with `SO_REUSEPORT`.
-pub(super) fn one_more_udp_listener(
-    addr: SocketAddr,
-    reach: Reach,
-) -> Result<UdpSocket, Failure> {
+pub(super) fn one_more_udp_listener(addr: SocketAddr, reach: Reach) -> Result<UdpSocket, Failure> {
     bound_socket(addr, reach, Sharing::ReusePort).map(|(socket, _)| socket)
 }
 

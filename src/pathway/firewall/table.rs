@@ -55,7 +55,11 @@ impl fmt::Display for Entry {
             Job::Restore => "restore",
             Job::Intercept(one) => {
                 let base = base_name(self.chain);
-                return write!(f, "chain {base}, tproxy {one} for mark {:#x}", self.mark.get());
+                return write!(
+                    f,
+                    "chain {base}, tproxy {one} for mark {:#x}",
+                    self.mark.get()
+                );
             }
         };
         write!(

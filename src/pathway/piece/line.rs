@@ -123,7 +123,10 @@ impl fmt::Display for Line {
             Job::Restore => ("connmark", "restore"),
             Job::Intercept(Interception { protocol, listen }) => {
                 let (network, socket) = (listen.network(), listen.socket());
-                write!(f, "-d {network} ! -i lo -p {protocol} -m {protocol} --dport ")?;
+                write!(
+                    f,
+                    "-d {network} ! -i lo -p {protocol} -m {protocol} --dport "
+                )?;
                 write!(f, "{}", listen.ports().first())?;
                 if listen.ports().count() > 1 {
                     write!(f, ":{}", listen.ports().last())?;

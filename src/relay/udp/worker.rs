@@ -45,8 +45,8 @@ mod epoll;
 mod inbound;
 mod lifecycle;
 mod outbound;
-mod replies;
 mod refusals;
+mod replies;
 mod view;
 
 /// How many datagrams one flow's answers may take of a batch before the next flow's turn.

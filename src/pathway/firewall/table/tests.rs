@@ -69,7 +69,9 @@ fn interceptions_are_entries_of_their_own() {
     // what would be forwarded without a listener must not be
     let mut forwards = layout;
     let chain = forwards.chains.get_mut("intercept-0x7b-0x20ff").unwrap();
-    chain.rules.retain(|rule| !matches!(rule.does, Does::Refuse(_)));
+    chain
+        .rules
+        .retain(|rule| !matches!(rule.does, Does::Refuse(_)));
     assert_eq!(forwards.entries().len(), 1);
 }
 
