@@ -7,8 +7,9 @@ mod rules;
 mod running;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use mmproxyctl::pathway::Firewall;
@@ -46,10 +47,10 @@ type Cell = (&'static str, &'static str, &'static str);
 
 /// Both families, both protocols; addresses and ports from the middle of what is listened on.
 const CELLS: [Cell; 4] = [
-    ("tcp", "203.0.113.77:10500", "198.51.100.7:4000"),
-    ("tcp", "[2001:db8:5::77]:10500", "[2001:db8:7::7]:4000"),
-    ("udp", "203.0.113.77:10500", "198.51.100.7:4000"),
-    ("udp", "[2001:db8:5::77]:10500", "[2001:db8:7::7]:4000"),
+    ("tcp", "203.0.113.77:10500", "198.51.100.7"),
+    ("tcp", "[2001:db8:5::77]:10500", "2001:db8:7::7"),
+    ("udp", "203.0.113.77:10500", "198.51.100.7"),
+    ("udp", "[2001:db8:5::77]:10500", "2001:db8:7::7"),
 ];
 
 /// What listens for them; the service is on the host behind.
@@ -236,7 +237,11 @@ impl Rig {
 
     /// Whether a cell works; if so, the service has seen the client.
     fn passes(&self, services: &Services, (protocol, to, client): Cell) -> bool {
-        let at = usize::from(addr(client).is_ipv6());
+        // each time another port: a flow that is not over yet keeps its own
+        static PORT: AtomicU16 = AtomicU16::new(4000);
+        let ip: IpAddr = client.parse().expect("an address");
+        let client = SocketAddr::new(ip, PORT.fetch_add(1, Ordering::Relaxed)).to_string();
+        let (client, at) = (&*client, usize::from(ip.is_ipv6()));
         let passes = match protocol {
             "tcp" => self.connect(to, client).is_some(),
             _ => self.asks(&self.proxy_socket(to), to, client, A_WHILE),

@@ -4,11 +4,11 @@ use super::*;
 
 /// Another program's TPROXY set-up, of the same shape.
 fn foreign(rig: &Rig) {
-    for family in ["", "-6"] {
+    for (family, elsewhere) in [("", "203.0.112.0/24"), ("-6", "2001:db8:4::/64")] {
         rig.wks
             .ip(&format!("{family} rule add fwmark 0x1 lookup 100"));
         rig.wks.ip(&format!(
-            "{family} rule add to all fwmark 0x2000/0x20ff lookup 100"
+            "{family} rule add to {elsewhere} fwmark 0x2000/0x20ff lookup 100"
         ));
         rig.wks.ip(&format!(
             "{family} route add local default dev lo table 100"
