@@ -4,18 +4,18 @@
 //! One look-up per mask and direction, whatever the number of pathways: a base chain's rule looks the
 //! masked mark up in a map of marks, whose verdict jumps to a chain that sets all of the mask's bits.
 //! (A chain for each mark, because nft before 1.1 combines a mark with constants only, and the bits
-//! outside the mask are other programs'.) Pure; `parse` reads what nft lists.
+//! outside the mask are other programs'.) Pure; `parse` reads what nft lists, `words`
+//! writes what it takes.
 
 mod parse;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use ipnet::IpNet;
-
-use crate::model::{Interception, Mark, Mask, TRANSPARENT_MARK};
+use crate::model::{Interception, Mark, Mask};
 use crate::pathway::piece::{COMMENT, Chain, Job, Line};
 
 /// Its family and name.
@@ -149,7 +149,8 @@ enum Does {
     Set { key: Key, keep: u32, value: u32 },
     /// Jumps to a chain.
     Jump(String),
-    /// Hands packets to a transparent listener, with [`TRANSPARENT_MARK`] in these bits of their mark.
+    /// Hands packets to a transparent listener, with [`crate::model::TRANSPARENT_MARK`] in these
+    /// bits of their mark.
     Intercept { what: Interception, mask: u32 },
     /// Drops the same packets: those that no listener is there for, which would be forwarded.
     Refuse(Interception),
@@ -396,31 +397,6 @@ fn intercepts(chain: Chain, rules: &[TableRule]) -> impl Iterator<Item = Entry> 
     })
 }
 
-/// The packets of an interception, as nft selects them.
-struct Packets(Interception);
-
-impl fmt::Display for Packets {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(Interception { protocol, listen }) = self;
-        let family = nft_family(listen.network());
-        // a network of one address is listed as the address
-        match listen.network() {
-            one if one.prefix_len() == one.max_prefix_len() => {
-                write!(f, "{family} daddr {}", one.addr())?;
-            }
-            network => write!(f, "{family} daddr {network}")?,
-        }
-        write!(f, " {protocol} dport {} iifname != \"lo\"", listen.ports())
-    }
-}
-
-fn nft_family(network: IpNet) -> &'static str {
-    match network {
-        IpNet::V4(_) => "ip",
-        IpNet::V6(_) => "ip6",
-    }
-}
-
 /// The transaction that leaves just these entries in the table, and no table without any. `chains` are
 /// the table's; `None` has it go first.
 ///
@@ -475,44 +451,4 @@ pub(crate) fn transaction(entries: &BTreeSet<Entry>, chains: Option<&BTreeSet<St
 /// The names of the chains that these entries need.
 pub(crate) fn chains_of(entries: &BTreeSet<Entry>) -> BTreeSet<String> {
     Layout::of(entries).chains.into_keys().collect()
-}
-
-impl fmt::Display for Does {
-    /// The words that nft takes.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Dispatch { key, mask, to } => {
-                write!(f, "{} & {mask:#x} vmap {{", key.words())?;
-                for (index, (mark, name)) in to.iter().enumerate() {
-                    let comma = if index == 0 { "" } else { "," };
-                    write!(f, "{comma} {mark:#x} : jump {name}")?;
-                }
-                f.write_str(" }")
-            }
-            Self::Set {
-                key,
-                keep: 0,
-                value,
-            } => write!(f, "{} set {value:#x}", key.words()),
-            Self::Set { key, keep, value } => {
-                let key = key.words();
-                write!(f, "{key} set {key} & {keep:#x} | {value:#x}")
-            }
-            Self::Jump(name) => write!(f, "jump {name}"),
-            Self::Intercept { what, mask } => {
-                let (family, keep) = (nft_family(what.listen.network()), !mask);
-                let socket = what.listen.socket();
-                write!(f, "{} tproxy {family} to {socket} ", Packets(*what))?;
-                match keep {
-                    0 => write!(f, "meta mark set {TRANSPARENT_MARK:#x} accept"),
-                    _ => write!(
-                        f,
-                        "meta mark set meta mark & {keep:#x} | {TRANSPARENT_MARK:#x} accept"
-                    ),
-                }
-            }
-            Self::Refuse(what) => write!(f, "{} drop", Packets(*what)),
-            Self::Other => Ok(()),
-        }
-    }
 }

@@ -154,14 +154,14 @@ fn a_service_among_the_addresses_under_every_sysctl() {
     rig.wks.ip("-6 route add 2001:db8:5::9 via fd01::2");
     let services = ["203.0.113.9:443", "[2001:db8:5::9]:443"].map(|at| Service::echo(&rig.srv, at));
     let _relay = rig.run("run --all --manage-pathways");
-    let mut port = 4000;
-    for (rp_filter, valid_mark, accept) in [
+    let sysctls = [
         ("0", "0", "0"),
         ("1", "0", "0"),
         ("1", "1", "0"),
         ("0", "0", "1"),
         ("1", "1", "1"),
-    ] {
+    ];
+    for ((rp_filter, valid_mark, accept), port) in sysctls.into_iter().zip(4000..) {
         for (name, value) in [
             ("net.ipv4.conf.all.rp_filter", rp_filter),
             ("net.ipv4.conf.eth0.rp_filter", rp_filter),
@@ -182,8 +182,11 @@ fn a_service_among_the_addresses_under_every_sysctl() {
             assert!(open.is_some(), "{to}, {rp_filter} {valid_mark} {accept}");
             assert_eq!(service.peer(), addr(&client));
         }
-        port += 1;
     }
+    // why the mark is not the pathway's: by that, the relay's own packets are turned round as well
+    rig.wks
+        .ip("rule add priority 50 to 203.0.113.0/24 fwmark 123/0xff lookup 123");
+    assert!(rig.connect("203.0.113.9:443", "192.0.2.7:5000").is_none());
 }
 
 #[test]

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use ipnet::IpNet;
 use serde_json::Value;
 
-use super::{Does, Hook, Key, Layout, PRIORITY, Table, TableRule, nft_family};
+use super::words::nft_family;
+use super::{Does, Hook, Key, Layout, PRIORITY, Table, TableRule};
 use crate::model::{Interception, ListenNetwork, PortRange, Protocol, TRANSPARENT_MARK};
 
 impl Table {
