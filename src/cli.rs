@@ -234,6 +234,9 @@ pub struct RunArgs {
     /// Worker threads [default: one per core]
     #[arg(long, value_name = "N")]
     pub workers: Option<NonZeroUsize>,
+    /// Never use io_uring, which saves system calls where many connections have small pieces to pass on
+    #[arg(long)]
+    pub no_io_uring: bool,
     /// How long open connections may go on after SIGTERM, such as 30s, 500ms or 2m; a second signal ends them at once
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = drain_timeout)]
     pub drain_timeout: Duration,

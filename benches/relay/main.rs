@@ -7,7 +7,7 @@
 //! cargo bench --bench relay -- --rows connect --programs direct,mmproxyctl,haproxy --connmark off
 //! cargo bench --bench relay -- --syscalls            # strace -c, calls per connection
 //! cargo bench --bench relay -- --spread              # CPU time by worker thread
-//! cargo bench --bench relay -- --udp                 # the UDP rows: udp.json, udp.md
+//! cargo bench --bench relay -- --udp                 # the UDP rows: udp.json, udp.md, udp.svg
 //! ```
 //!
 //! Writes relay.json, relay.md and relay.svg to `--out`. What is measured, and how:
@@ -106,6 +106,9 @@ struct Options {
     /// Clients of the UDP rows [default: 1,50,500]
     #[arg(long, requires = "udp", value_delimiter = ',', value_name = "NUMBER")]
     clients: Vec<usize>,
+    /// Datagrams that each of them keeps under way [default: a row for each load of the table]
+    #[arg(long, requires = "udp", value_delimiter = ',', value_name = "NUMBER")]
+    under_way: Vec<usize>,
     /// Be the echo service
     #[arg(long, hide = true, value_name = "ADDR:PORT")]
     echo: Option<SocketAddrV4>,
@@ -149,8 +152,8 @@ fn main() -> Result<()> {
         return spread::run(options.programs_or(&[Program::Mmproxyctl]), rounds, extent);
     }
     if options.udp {
-        let (clients, programs) = (&options.clients, &options.programs);
-        return udp::run(clients, programs, rounds, extent, &options.out);
+        let rows = udp::rows(&options.clients, &options.under_way)?;
+        return udp::run(&rows, &options.programs, rounds, extent, &options.out);
     }
     let connmarks = match options.connmark {
         ConnmarkChoice::Off => vec![false],

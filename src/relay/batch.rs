@@ -14,7 +14,7 @@
 use std::net::IpAddr;
 
 pub(super) use self::arena::{Arena, Part};
-pub(super) use self::outbox::{Envelope, Outbox, Receiver, SegmentLimit, Sent};
+pub(super) use self::outbox::{Envelope, Outbox, Receiver, SegmentLimit, Sent, is_too_big};
 
 mod arena;
 mod outbox;

@@ -149,6 +149,7 @@ impl Worker {
     fn shared(&self) -> copy::Shared<'_> {
         copy::Shared {
             buffer: &self.shared.buffer,
+            ring: self.shared.ring.as_ref(),
             pipes: &self.shared.pipes,
             to_target: &self.counters.bytes_to_target,
             to_client: &self.counters.bytes_to_client,

@@ -12,8 +12,9 @@ use std::thread::JoinHandle;
 
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::{mpsc, oneshot};
+use tracing::debug;
 
-use super::copy::BUFFER;
+use super::copy::{BUFFER, Ring};
 use super::registry::Recent;
 use super::splice::Pool;
 use super::udp::scratch::Scratch;
@@ -22,11 +23,23 @@ use super::udp::scratch::Scratch;
 pub(super) struct Shared {
     /// In use only inside one poll.
     pub(super) buffer: RefCell<Box<[u8]>>,
+    /// Where the system has io_uring, and it is wanted.
+    pub(super) ring: Option<Rc<Ring>>,
     pub(super) pipes: Pool,
     /// Taken for one round at a time.
     pub(super) datagrams: RefCell<Scratch>,
     /// Connections that ended.
     pub(super) recent: Recent,
+}
+
+/// Whether the pieces that many connections have to pass on go through io_uring together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum IoUring {
+    /// Where the system allows it; otherwise each goes alone.
+    #[default]
+    Auto,
+    /// Each goes alone.
+    Off,
 }
 
 /// Runs once on the thread, within its event loop: it may spawn local tasks, and does not block.
@@ -52,6 +65,14 @@ impl Workers {
     /// # Errors
     /// When the system gives no thread or no epoll instance; those that were started are ended.
     pub fn start(count: NonZeroUsize) -> io::Result<Self> {
+        Self::start_with(count, IoUring::default())
+    }
+
+    /// Starts the threads, with io_uring or without.
+    ///
+    /// # Errors
+    /// As [`Workers::start`].
+    pub fn start_with(count: NonZeroUsize, io_uring: IoUring) -> io::Result<Self> {
         let mut workers = Self {
             threads: Vec::with_capacity(count.get()),
             next: AtomicUsize::new(0),
@@ -65,7 +86,7 @@ impl Workers {
                     Ok(runtime) => {
                         // the caller waits for it
                         let _ = report.send(Ok(()));
-                        work(&runtime, queue);
+                        work(&runtime, queue, io_uring);
                     }
                     Err(error) => {
                         let _ = report.send(Err(error));
@@ -144,14 +165,24 @@ fn event_loop() -> io::Result<LocalRuntime> {
 }
 
 /// The life of one thread. Dropping the runtime behind it closes whatever is still open.
-fn work(runtime: &LocalRuntime, mut queue: mpsc::UnboundedReceiver<Job>) {
+fn work(runtime: &LocalRuntime, mut queue: mpsc::UnboundedReceiver<Job>, io_uring: IoUring) {
+    let ring = match io_uring {
+        IoUring::Auto => Ring::new()
+            .inspect_err(|error| debug!(%error, "relaying without io_uring"))
+            .ok(),
+        IoUring::Off => None,
+    };
     let shared = Rc::new(Shared {
         buffer: RefCell::new(vec![0; BUFFER].into_boxed_slice()),
+        ring,
         pipes: Pool::default(),
         datagrams: RefCell::default(),
         recent: Recent::default(),
     });
     runtime.block_on(async {
+        if let Some(ring) = &shared.ring {
+            tokio::task::spawn_local(Rc::clone(ring).run());
+        }
         while let Some(job) = queue.recv().await {
             job(&shared);
         }

@@ -9,4 +9,5 @@ mod ports;
 mod run;
 mod setup;
 mod spread;
+mod together;
 mod transfer;

@@ -8,6 +8,7 @@ mod first;
 pub(crate) mod lab;
 pub(crate) mod laws;
 mod limits;
+mod mtu;
 mod owes;
 mod packets;
 #[cfg(feature = "soak")]

@@ -18,14 +18,76 @@ const HEAD: f64 = 26.0;
 const MARGIN: f64 = 16.0;
 const COLUMNS: usize = 2;
 
+/// One figure of every program.
+pub(crate) struct Panel {
+    /// What is shown, and in which unit.
+    pub(crate) title: String,
+    /// Whether more is better.
+    pub(crate) is_rate: bool,
+    /// Each program with its bar.
+    pub(crate) bars: Vec<(Program, Bar)>,
+    /// Where the dashed line stands.
+    pub(crate) goal: Option<f64>,
+}
+
+/// What a program showed.
+pub(crate) enum Bar {
+    /// It has no such figure.
+    Absent,
+    /// Why there is none.
+    Failed(String),
+    /// As long as the value, beside its text.
+    Value(f64, String),
+}
+
 /// The chart of the first table of the results.
 pub(crate) fn to_svg(setting: &Setting, results: &Results) -> String {
     let connmark = setting.connmarks.first().copied().unwrap_or_default();
-    let panels: Vec<_> = setting
+    let panels: Vec<Panel> = setting
         .lines()
         .filter(|&(_, figure)| !matches!(figure, Figure::ConnectP99 | Figure::IdleDescriptors))
+        .map(|(row, figure)| panel(setting, results, (connmark, row, figure)))
         .collect();
-    let panel_height = HEAD + LINE * setting.programs.len() as f64 + MARGIN;
+    draw(&panels, &setting.machine())
+}
+
+fn panel(
+    setting: &Setting,
+    results: &Results,
+    (connmark, row, figure): (Connmark, Row, Figure),
+) -> Panel {
+    let verdict = |program| results.verdict(connmark, row, program, figure);
+    let bar = |program| match verdict(program) {
+        Verdict::Absent => Bar::Absent,
+        Verdict::Failed(count) => Bar::Failed(format!("failed ({count})")),
+        Verdict::Median(value) => {
+            let shown = match results.ratio(connmark, row, program, figure) {
+                Some(ratio) => format!("{} ({ratio:.2} ×)", figure.show(value)),
+                None => figure.show(value),
+            };
+            Bar::Value(value, shown)
+        }
+    };
+    Panel {
+        title: full_title(row, figure),
+        is_rate: figure.is_rate(),
+        bars: setting
+            .programs
+            .iter()
+            .map(|&(program, _)| (program, bar(program)))
+            .collect(),
+        goal: match (figure.goal(), verdict(Program::Direct)) {
+            (Goal::OfDirect(share), Verdict::Median(direct)) => Some(share * direct),
+            (Goal::AtMost(limit), _) => Some(limit),
+            _ => None,
+        },
+    }
+}
+
+/// Panels in two columns, and a line below them.
+pub(crate) fn draw(panels: &[Panel], below: &str) -> String {
+    let most = panels.iter().map(|panel| panel.bars.len()).max();
+    let panel_height = HEAD + LINE * most.unwrap_or_default() as f64 + MARGIN;
     let rows = panels.len().div_ceil(COLUMNS);
     let width = MARGIN + COLUMNS as f64 * (PANEL_WIDTH + MARGIN);
     let height = 2.0 * MARGIN + rows as f64 * panel_height + LINE;
@@ -36,57 +98,45 @@ pub(crate) fn to_svg(setting: &Setting, results: &Results) -> String {
          .g{{stroke:#222;stroke-dasharray:3 3}}.f{{fill:#b91c1c}}</style>\n\
          <rect width=\"{width}\" height=\"{height}\" fill=\"#fff\"/>\n"
     );
-    for (index, (row, figure)) in panels.into_iter().enumerate() {
+    for (index, panel) in panels.iter().enumerate() {
         let x = MARGIN + (index % COLUMNS) as f64 * (PANEL_WIDTH + MARGIN);
         let y = MARGIN + (index / COLUMNS) as f64 * panel_height;
         let _ = writeln!(out, "<g transform=\"translate({x} {y})\">");
-        panel(&mut out, setting, results, (connmark, row, figure));
+        draw_panel(&mut out, panel);
         out.push_str("</g>\n");
     }
     let _ = writeln!(
         out,
         "<text class=\"n\" x=\"{MARGIN}\" y=\"{}\">{}</text>\n</svg>",
         height - MARGIN,
-        escape(&setting.machine())
+        escape(below)
     );
     out
 }
 
-fn panel(
-    out: &mut String,
-    setting: &Setting,
-    results: &Results,
-    (connmark, row, figure): (Connmark, Row, Figure),
-) {
-    let verdict = |program| results.verdict(connmark, row, program, figure);
-    let goal = match (figure.goal(), verdict(Program::Direct)) {
-        (Goal::OfDirect(share), Verdict::Median(direct)) => Some(share * direct),
-        (Goal::AtMost(limit), _) => Some(limit),
-        _ => None,
-    };
-    let longest = setting
-        .programs
+fn draw_panel(out: &mut String, panel: &Panel) {
+    let longest = panel
+        .bars
         .iter()
-        .filter_map(|&(program, _)| match verdict(program) {
-            Verdict::Median(value) => Some(value),
+        .filter_map(|(_, bar)| match bar {
+            Bar::Value(value, _) => Some(*value),
             _ => None,
         })
-        .chain(goal)
+        .chain(panel.goal)
         .fold(f64::MIN_POSITIVE, f64::max);
     let scale = (PANEL_WIDTH - NAME_WIDTH - VALUE_WIDTH) / longest;
-    let better = if figure.is_rate() {
-        "more is better"
-    } else {
-        "less is better"
+    let better = match panel.is_rate {
+        true => "more is better",
+        false => "less is better",
     };
     let _ = writeln!(
         out,
         "<text y=\"12\" font-weight=\"bold\">{} <tspan class=\"n\" font-weight=\"normal\">({better})</tspan></text>",
-        escape(&full_title(row, figure))
+        escape(&panel.title)
     );
     // the goal is drawn over the bars and under the values
     let mut values = String::new();
-    for (index, &(program, _)) in setting.programs.iter().enumerate() {
+    for (index, (program, bar)) in panel.bars.iter().enumerate() {
         let top = HEAD + index as f64 * LINE;
         let base = top + 11.0;
         let _ = writeln!(
@@ -95,45 +145,32 @@ fn panel(
             NAME_WIDTH - 6.0,
             program.title()
         );
-        match verdict(program) {
-            Verdict::Absent => {
-                let _ = writeln!(
-                    out,
-                    "<text class=\"n\" x=\"{NAME_WIDTH}\" y=\"{base}\">–</text>"
-                );
-            }
-            Verdict::Failed(count) => {
-                let _ = writeln!(
-                    out,
-                    "<text class=\"f\" x=\"{NAME_WIDTH}\" y=\"{base}\">failed ({count})</text>"
-                );
-            }
-            Verdict::Median(value) => {
+        let (x, class, shown) = match bar {
+            Bar::Absent => (NAME_WIDTH, " class=\"n\"", "–"),
+            Bar::Failed(why) => (NAME_WIDTH, " class=\"f\"", why.as_str()),
+            Bar::Value(value, shown) => {
                 let class = match program {
                     Program::Direct => "d",
                     Program::Mmproxyctl => "m",
                     _ => "b",
                 };
                 let length = value * scale;
-                let shown = match results.ratio(connmark, row, program, figure) {
-                    Some(ratio) => format!("{} ({ratio:.2} ×)", figure.show(value)),
-                    None => figure.show(value),
-                };
                 let _ = writeln!(
                     out,
                     "<rect class=\"{class}\" x=\"{NAME_WIDTH}\" y=\"{top}\" width=\"{length:.1}\" height=\"{BAR}\"/>"
                 );
-                let _ = writeln!(
-                    values,
-                    "<text x=\"{:.1}\" y=\"{base}\">{shown}</text>",
-                    NAME_WIDTH + length + 6.0
-                );
+                (NAME_WIDTH + length + 6.0, "", shown.as_str())
             }
-        }
+        };
+        let _ = writeln!(
+            values,
+            "<text{class} x=\"{x:.1}\" y=\"{base}\">{}</text>",
+            escape(shown)
+        );
     }
-    if let Some(goal) = goal {
+    if let Some(goal) = panel.goal {
         let x = NAME_WIDTH + goal * scale;
-        let bottom = HEAD + setting.programs.len() as f64 * LINE;
+        let bottom = HEAD + panel.bars.len() as f64 * LINE;
         let _ = writeln!(
             out,
             "<line class=\"g\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{}\" y2=\"{bottom}\"/>",

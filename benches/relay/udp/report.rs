@@ -1,4 +1,4 @@
-//! The UDP rows' report: a table for the terminal, Markdown, JSON.
+//! The UDP rows' report: a table for the terminal, Markdown, JSON, a chart.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::load::{PATIENCE, SIZE};
 use super::{Cell, Results, Row, Sample, Sharing, programs};
 use crate::programs::Program;
+use crate::report::chart::{self, Bar, Panel};
 use crate::report::{Setting, table};
 use crate::results::{median, thousands};
 
@@ -32,7 +33,7 @@ pub(super) fn line(sample: &Sample) -> String {
     )
 }
 
-/// Writes `udp.json` and `udp.md`.
+/// Writes `udp.json`, `udp.md` and `udp.svg`.
 ///
 /// # Errors
 /// When a file cannot be written.
@@ -43,6 +44,7 @@ pub(super) fn write(dir: &Path, setting: &Setting, rows: &[Row], results: &Resul
     for (name, text) in [
         ("udp.json", json + "\n"),
         ("udp.md", to_markdown(setting, rows, results)),
+        ("udp.svg", to_svg(setting, rows, results)),
     ] {
         let path = dir.join(name);
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
@@ -78,6 +80,61 @@ fn to_markdown(setting: &Setting, rows: &[Row], results: &Results) -> String {
         let _ = writeln!(out, "- {}:{version} {settings}", program.title());
     }
     out
+}
+
+/// Rate and loss, and what it costs the relay, by row.
+fn to_svg(setting: &Setting, rows: &[Row], results: &Results) -> String {
+    let panels: Vec<Panel> = rows
+        .iter()
+        .flat_map(|&row| {
+            let (clients, each) = row;
+            let bars = |bar: &dyn Fn(Program, &Cell) -> Bar| {
+                let bar = |program| match results.cells.get(&(row, program)) {
+                    None => Bar::Absent,
+                    Some(cell) if cell.failure.is_some() => Bar::Failed("failed".to_owned()),
+                    Some(cell) => bar(program, cell),
+                };
+                let programs = setting.programs.iter();
+                programs
+                    .map(|&(program, _)| (program, bar(program)))
+                    .collect()
+            };
+            let rate = |cell: &Cell| middle(cell, |sample| Some(sample.rate)).unwrap_or_default();
+            let direct = results.cells.get(&(row, Program::Direct));
+            [
+                Panel {
+                    title: format!("{}, answers per s", load(clients, each)),
+                    is_rate: true,
+                    bars: bars(&|program, cell| {
+                        let times = ratio(results, row, program)
+                            .map_or_else(String::new, |ratio| format!(", {ratio:.2} ×"));
+                        let lost = middle(cell, |sample| Some(sample.loss)).unwrap_or_default();
+                        let rate = rate(cell);
+                        let said =
+                            format!("{}{times}, lost {:.1} %", thousands(rate), lost * 100.0);
+                        Bar::Value(rate, said)
+                    }),
+                    goal: direct.map(|direct| RATE * rate(direct)),
+                },
+                Panel {
+                    title: format!("{}, relay CPU, µs each", load(clients, each)),
+                    is_rate: false,
+                    bars: bars(&|_, cell| match middle(cell, |sample| sample.cpu) {
+                        None => Bar::Absent,
+                        Some(cpu) => Bar::Value(cpu, format!("{cpu:.1}")),
+                    }),
+                    goal: None,
+                },
+            ]
+        })
+        .collect();
+    chart::draw(&panels, &setting.machine())
+}
+
+/// How much there is to do, in words.
+fn load(clients: usize, each: usize) -> String {
+    let plural = if clients == 1 { "" } else { "s" };
+    format!("{clients} client{plural} × {each} under way")
 }
 
 fn extent(setting: &Setting) -> String {
@@ -118,7 +175,7 @@ fn cells(setting: &Setting, rows: &[Row], results: &Results) -> Vec<Vec<String>>
         };
         let (rate_reached, loss_reached) = reached(row, results);
         line(
-            format!("{clients} clients × {each} under way, answers per s"),
+            format!("{}, answers per s", load(clients, each)),
             format!("≥ {RATE:.2} × direct{}", mark(rate_reached)),
             &|program, cell| {
                 let rate = thousands(middle(cell, |sample| Some(sample.rate)).unwrap_or_default());

@@ -22,7 +22,7 @@ use crate::commands::doctor::patients;
 use crate::commands::output::results;
 use crate::commands::{UsageError, drawn};
 use crate::config::{Configuration, Origin};
-use crate::relay::workers::Workers;
+use crate::relay::workers::{IoUring, Workers};
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
 use crate::socket;
 use crate::socket::listening::Listening;
@@ -108,8 +108,12 @@ pub(super) fn start(
     let count = args
         .workers
         .unwrap_or_else(|| std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
+    let io_uring = match args.no_io_uring {
+        true => IoUring::Off,
+        false => IoUring::Auto,
+    };
     let world = World {
-        workers: Workers::start(count).context("cannot start the worker threads")?,
+        workers: Workers::start_with(count, io_uring).context("cannot start the worker threads")?,
         runtime_dir,
         no_check: args.no_check,
         firewall: global.firewall,

@@ -168,6 +168,7 @@ impl Outbox {
             let count = (self.messages.len() - first).min(MAX_MESSAGES);
             self.build(first..first + count, arena);
             let mut done = 0;
+            let mut earlier = true;
             while done < count {
                 match self.transmit(socket, done) {
                     Ok(taken) => {
@@ -176,7 +177,9 @@ impl Outbox {
                             sent.bytes += message.bytes as u64;
                         }
                         done += taken;
+                        earlier = true;
                     }
+                    Err(error) if std::mem::take(&mut earlier) && is_too_big(&error) => {}
                     Err(error) => {
                         let at = first + done;
                         if self.messages[at].parts.len() > 1 && is_about_segments(&error) {
@@ -187,6 +190,7 @@ impl Outbox {
                             sent.error = Some(error);
                         }
                         done += 1;
+                        earlier = true;
                     }
                 }
             }
@@ -306,6 +310,13 @@ impl Outbox {
             write_control(header, message);
         }
     }
+}
+
+/// Whether a datagram was too big, this one or one before it: on a connected socket the kernel tells the next
+/// call of an ICMP "too big", and does nothing else in it. Tried again, a datagram that meets a narrower path
+/// is fragmented; one that is too big by itself fails again.
+pub(in crate::relay) fn is_too_big(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EMSGSIZE)
 }
 
 /// Whether sending the datagrams one by one may succeed: EMSGSIZE or EINVAL (before Linux 6.10) when a

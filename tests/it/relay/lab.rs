@@ -15,7 +15,7 @@ use mmproxyctl::relay::counters::{Refusal, Totals};
 use mmproxyctl::relay::header::{encode_v1, encode_v2};
 use mmproxyctl::relay::settings::Settings;
 use mmproxyctl::relay::tcp::Server;
-use mmproxyctl::relay::workers::Workers;
+use mmproxyctl::relay::workers::{IoUring, Workers};
 use mmproxyctl::socket;
 use socket2::SockRef;
 
@@ -148,12 +148,27 @@ impl Relay {
 
     /// A relay at an address with so many worker threads.
     pub(crate) fn start_at(host: &Host, listen: &str, workers: usize, settings: Settings) -> Self {
+        Self::start_as(host, listen, workers, settings, IoUring::default())
+    }
+
+    /// A relay on 10.0.0.1 with one worker thread, with io_uring or without.
+    pub(crate) fn start_with(host: &Host, settings: Settings, io_uring: IoUring) -> Self {
+        Self::start_as(host, "10.0.0.1:0", 1, settings, io_uring)
+    }
+
+    fn start_as(
+        host: &Host,
+        listen: &str,
+        workers: usize,
+        settings: Settings,
+        io_uring: IoUring,
+    ) -> Self {
         let listen = ListenAddr::new(listen.parse().expect("a listen address"));
         let workers = NonZeroUsize::new(workers).expect("workers");
         host.enter(|| {
             let listeners = socket::tcp_listeners(listen, workers).expect("listen");
             let addr = listeners.sockets[0].local_addr().expect("address");
-            let workers = Workers::start(workers).expect("worker threads");
+            let workers = Workers::start_with(workers, io_uring).expect("worker threads");
             let server = Server::start(&workers, listeners.sockets, settings).expect("start");
             let workers = Some(workers);
             Self {

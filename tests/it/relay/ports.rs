@@ -66,7 +66,7 @@ fn short_connections(port: PortPolicy, range: RangeInclusive<u16>, count: usize)
                     if number >= count {
                         return;
                     }
-                    let client = nth_client(number, low, high);
+                    let client = nth_client(number, low, high, port);
                     let mut stream = TcpStream::connect_timeout(&relay, SOON).expect("dial");
                     stream.set_read_timeout(Some(SOON)).expect("a timeout");
                     let mut bytes = encode_v2(client, ([198, 51, 100, 1], 443).into());
@@ -89,7 +89,7 @@ fn short_connections(port: PortPolicy, range: RangeInclusive<u16>, count: usize)
     assert_eq!(totals.relayed, count as u64, "{totals:#?}");
     assert_eq!(totals.ports_given_up, 0, "{totals:#?}");
     for number in 0..count {
-        let client = nth_client(number, low, high);
+        let client = nth_client(number, low, high, port);
         let seen = service.peer();
         // the order is not that of the connections
         assert!(matches!(seen.ip(), std::net::IpAddr::V4(ip) if ip.octets()[..3] == [192, 0, 2]));
@@ -108,11 +108,17 @@ fn short_connections(port: PortPolicy, range: RangeInclusive<u16>, count: usize)
     took
 }
 
-fn nth_client(number: usize, low: u16, high: u16) -> SocketAddr {
+/// With `port=keep`, every port of one client and then of the next. With `port=any` of many clients in turn:
+/// the kernel looks for a port that is free under the client's address, which takes it long where one client
+/// has nearly all of them in TIME_WAIT.
+fn nth_client(number: usize, low: u16, high: u16, port: PortPolicy) -> SocketAddr {
     let ports = usize::from(high - low) + 1;
-    let ip = Ipv4Addr::new(192, 0, 2, 1 + (number / ports) as u8);
-    let port = low + (number % ports) as u16;
-    SocketAddr::V4(SocketAddrV4::new(ip, port))
+    let client = match port {
+        PortPolicy::Keep => number / ports,
+        PortPolicy::Any => number % 200,
+    };
+    let ip = Ipv4Addr::new(192, 0, 2, 1 + client as u8);
+    SocketAddr::V4(SocketAddrV4::new(ip, low + (number % ports) as u16))
 }
 
 /// Every port of the host's range is in TIME_WAIT under some client's address.

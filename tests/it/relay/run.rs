@@ -112,6 +112,47 @@ fn starts_without_its_pathway_when_told_so() {
     assert!(!relay.log().contains("not in place"), "{}", relay.log());
 }
 
+/// What `run` has to do with io_uring, when eight clients exchange at once.
+fn calls_of_io_uring(words: &str, inject: Option<&str>) -> String {
+    let rig = Rig::new();
+    rig.install_pathway();
+    let calls = rig.wks.write("calls", "");
+    let target = rig.wks.mmproxyctl(words);
+    let mut command = rig.wks.command("strace");
+    command
+        // the tracer is the child of its own: the program is what we start and stop
+        .args(["-D", "-f", "-qq", "-o"])
+        .arg(&calls)
+        .args(["-e", "signal=none"])
+        .args(["-e", "trace=io_uring_setup,io_uring_enter"])
+        .args(inject)
+        .arg(target.get_program())
+        .args(target.get_args());
+    let mut relay = rig.wks.spawn(command);
+    rig.wks.wait_listening(2222);
+    std::thread::scope(|scope| {
+        for client in 1..=8 {
+            let mut stream = rig.connect(&format!("192.0.2.{client}:4000"));
+            scope.spawn(move || (0..100).for_each(|_| exchange(&mut stream, b"hello again")));
+        }
+    });
+    relay.signal(Signal::SIGTERM);
+    relay.wait(SOON);
+    std::fs::read_to_string(calls).expect("what strace wrote")
+}
+
+#[test]
+fn io_uring_is_used_where_it_is_wanted_and_allowed() {
+    let calls = calls_of_io_uring("run echo --workers 1", None);
+    assert!(calls.contains("io_uring_enter("), "{calls}");
+    let calls = calls_of_io_uring("run echo --workers 1 --no-io-uring", None);
+    assert!(calls.is_empty(), "{calls}");
+    let denied = "--inject=io_uring_setup:error=EPERM";
+    let calls = calls_of_io_uring("run echo --workers 1", Some(denied));
+    assert!(calls.contains("EPERM"), "{calls}");
+    assert!(!calls.contains("io_uring_enter("), "{calls}");
+}
+
 #[test]
 fn a_second_run_says_so_and_succeeds() {
     let rig = Rig::new();

@@ -284,9 +284,9 @@ fn answers_leave_from_the_address_that_was_asked() {
     }
 }
 
-/// A service bound to the wildcard address answers from elsewhere, past the relay: said at the start.
+/// A service bound to the wildcard address answers from elsewhere, past the relay: what the warning goes by.
 #[test]
-fn a_wildcard_service_is_warned_about() {
+fn a_wildcard_service_is_seen() {
     let lab = Lab::new();
     for (bound, target, warned) in [
         ("0.0.0.0:0", "127.0.0.1", true),

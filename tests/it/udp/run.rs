@@ -90,6 +90,16 @@ fn probe_is_a_proxy_of_each_kind() {
 }
 
 /// A reload reaches what begins from then on, and loses nothing that is there.
+/// A service bound to the wildcard address may answer from elsewhere, past the relay: said at the start.
+#[test]
+fn a_wildcard_service_is_named_in_the_log() {
+    let rig = Rig::new("");
+    let service = Service::echo(&rig.wks, "0.0.0.0:0");
+    rig.instance(&service, "");
+    let relay = rig.start();
+    relay.wait_log("the service is bound to the wildcard address");
+}
+
 #[test]
 fn a_reload_keeps_the_flows() {
     let rig = Rig::new(",udp-header=first");

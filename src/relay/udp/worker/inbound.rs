@@ -10,7 +10,7 @@ use tracing::debug;
 use super::lifecycle::asked;
 use super::{Known, TURNS, Worker, client_of};
 use crate::model::UdpHeader;
-use crate::relay::batch::{Envelope, Part, Receiver, Sent};
+use crate::relay::batch::{Envelope, Part, Receiver, Sent, is_too_big};
 use crate::relay::counters::Refusal;
 use crate::relay::udp::counters::{Dropped, Ended};
 use crate::relay::udp::datagram::{self, Client, Datagram};
@@ -304,6 +304,7 @@ impl Worker {
 
 /// The usual datagram, without the cost of a message header.
 fn send_one(socket: &UdpSocket, bytes: &[u8]) -> Sent {
+    let mut earlier = true;
     loop {
         return match socket.send(bytes) {
             Ok(_) => Sent {
@@ -312,6 +313,7 @@ fn send_one(socket: &UdpSocket, bytes: &[u8]) -> Sent {
                 ..Sent::default()
             },
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if std::mem::take(&mut earlier) && is_too_big(&error) => continue,
             Err(error) => Sent {
                 failed: 1,
                 error: Some(error),
