@@ -122,8 +122,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Print a shell's completion script
     Completions(CompletionsArgs),
-    /// Print the manual page
-    Man,
+    /// Print the manual, or write its pages into a directory
+    Man(ManArgs),
 }
 
 /// `pathway …`.
@@ -624,4 +624,12 @@ pub struct DemoArgs {}
 pub struct CompletionsArgs {
     /// The shell
     pub shell: clap_complete::Shell,
+}
+
+/// `man`.
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// Write one file for each page there, those of go-mmproxy and mmproxy among them
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
 }

@@ -13,6 +13,7 @@ mod files;
 mod import;
 mod legacy;
 mod link;
+mod manual;
 mod output;
 mod pathway;
 mod probe;
@@ -103,22 +104,6 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             output::results().write_all(&script)?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Man => {
-            let mut command = Cli::command();
-            command.build();
-            man(command, &mut output::results())?;
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Man(args) => manual::run(&args),
     }
-}
-
-/// The page of a command and, behind it, those of its subcommands, to which it refers by name.
-fn man(command: clap::Command, out: &mut impl Write) -> io::Result<()> {
-    let children: Vec<_> = command.get_subcommands().cloned().collect();
-    clap_mangen::Man::new(command).render(out)?;
-    let shown = |child: &clap::Command| !child.is_hide_set() && child.get_name() != "help";
-    children
-        .into_iter()
-        .filter(shown)
-        .try_for_each(|child| man(child, out))
 }

@@ -42,7 +42,11 @@ need cc:gcc ip:iproute2 iptables:iptables nft:nftables conntrack:conntrack hapro
     strace:strace setpriv:util-linux podman:podman crun:crun busybox:busybox-static \
     /usr/lib/podman/netavark:netavark
 need_cargo
-[ -z "$soak" ] || need_aioquic
+if [ -n "$soak" ]; then
+    need_aioquic
+    # the packages are installed over Debian's, in a copy of this machine
+    need go-mmproxy:go-mmproxy rpm:rpm
+fi
 [ -z "$setup_only" ] || exit 0
 
 if [ "$(id -u)" -ne 0 ]; then
@@ -51,6 +55,8 @@ if [ "$(id -u)" -ne 0 ]; then
     triple=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
     export "CARGO_TARGET_${triple}_RUNNER=sudo --preserve-env"
 fi
+
+[ -z "$soak" ] || ./packaging/build.sh
 
 # the dev profile, which is optimised a little because the data path is tested with gigabytes
 exec cargo test --no-fail-fast --locked ${cargo_arguments[@]+"${cargo_arguments[@]}"} -- ${filter[@]+"${filter[@]}"} </dev/null

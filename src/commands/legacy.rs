@@ -1,6 +1,6 @@
 //! Called as `go-mmproxy` or `mmproxy`: the old flags, brought to the machinery of `run`.
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::io::Write;
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6, ToSocketAddrs};
 use std::os::unix::process::CommandExt;
@@ -31,6 +31,10 @@ pub(super) fn run(
     argv0: OsString,
     words: impl Iterator<Item = OsString>,
 ) -> anyhow::Result<ExitCode> {
+    // pkill and killall look for it, and after findable() it would be that of /proc/self/exe
+    if let Ok(called) = CString::new(name.name()) {
+        let _ = nix::sys::prctl::set_name(&called);
+    }
     let words: Vec<String> = words
         .map(|word| {
             let shown = word.to_string_lossy().into_owned();

@@ -144,3 +144,26 @@ pub fn help(name: OldName) -> String {
     }
     text
 }
+
+/// The same as a page of the manual.
+pub fn page(name: OldName) -> String {
+    // a dash of a flag is no hyphen, and a line must not begin with a dot
+    let plain = |text: &str| text.replace('\\', "\\e").replace('-', "\\-");
+    let mut text = format!(
+        ".TH {name} 1 \"\" \"mmproxyctl {}\"\n.SH NAME\n{shown} \\- mmproxyctl by its old name\n.SH SYNOPSIS\n\
+         .B {shown}\n[\\fIflags\\fR]\n.SH DESCRIPTION\nOne relay from PROXY protocol to a service that sees the \
+         client's address, told by the flags of go\\-mmproxy and its forks, mmproxy\\-rs and cloudflare/mmproxy. \
+         A flag may have one dash or two, and its value behind a space or =.\n.SH OPTIONS\n",
+        env!("CARGO_PKG_VERSION"),
+        name = name.name(),
+        shown = plain(name.name()),
+    );
+    for (flag, what) in spelling::HELP {
+        text.push_str(&format!(".TP\n\\fB{}\\fR\n{}\n", plain(flag), plain(what)));
+    }
+    text.push_str(
+        ".SH EXIT STATUS\n0 stopped by a signal, 1 it failed, 2 the flags or a file are wrong.\n\
+         .SH SEE ALSO\n.BR mmproxyctl (1),\n.BR mmproxyctl\\-import (1)\n",
+    );
+    text
+}

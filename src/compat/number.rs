@@ -1,4 +1,4 @@
-//! Numbers and truth values as Go's flag package reads them.
+//! Numbers and truth values as Go's flag package reads them, and numbers as mmproxy-rs and cloudflare/mmproxy do.
 
 /// An integer with Go's prefixes (`0x`, `0o`, `0b`, a leading `0` for octal) and underscores between digits.
 pub(super) fn integer(text: &str) -> Option<i64> {
@@ -31,6 +31,11 @@ pub(super) fn integer(text: &str) -> Option<i64> {
     Some(if negative { -value } else { value })
 }
 
+/// An integer that is decimal also where it begins with 0; Go's other forms as well, which nobody else reads.
+pub(super) fn decimal(text: &str) -> Option<i64> {
+    text.parse().ok().or_else(|| integer(text))
+}
+
 /// What Go takes for true or false.
 pub(super) fn truth(text: &str) -> Option<bool> {
     match text {
@@ -61,6 +66,10 @@ mod tests {
         ] {
             assert_eq!(integer(text), Some(value), "{text}");
         }
+        for (text, value) in [("010", 10), ("08", 8), ("+5", 5), ("0x7b", 123), ("60", 60)] {
+            assert_eq!(decimal(text), Some(value), "{text}");
+        }
+        assert_eq!(decimal("60s"), None);
         for bad in [
             "",
             "-",

@@ -11,7 +11,7 @@ pub(super) fn traefik(facts: &Facts<'_>) -> Result<String, EdgeError> {
         "Traefik",
         &[
             "This is dynamic configuration (file provider). The static one needs the entry point:",
-            &format!("  entryPoints: {{ {name}: {{ address: \":{port}\" }} }}"),
+            &format!("  entryPoints: {{ \"{name}\": {{ address: \":{port}\" }} }}"),
             "Before Traefik 3.5.2 it is loadBalancer.proxyProtocol.version: 2 instead of a serversTransport.",
             "HostSNI(`*`) without tls takes every connection, also of protocols in which the server speaks first.",
         ],
@@ -20,16 +20,16 @@ pub(super) fn traefik(facts: &Facts<'_>) -> Result<String, EdgeError> {
         "{preface}
 tcp:
   serversTransports:
-    {name}:
+    \"{name}\":
       proxyProtocol:
         version: 2
   routers:
-    {name}:
+    \"{name}\":
       entryPoints: [\"{name}\"]
       rule: \"HostSNI(`*`)\"
       service: \"{name}\"
   services:
-    {name}:
+    \"{name}\":
       loadBalancer:
         serversTransport: \"{name}\"
         servers:
@@ -119,7 +119,7 @@ pub(super) fn envoy(facts: &Facts<'_>) -> Result<String, EdgeError> {
         "{preface}
 static_resources:
   listeners:
-  - name: {name}
+  - name: \"{name}\"
     address:
       socket_address: {{ address: {address}, port_value: {port}{compat} }}
     filter_chains:
@@ -127,11 +127,11 @@ static_resources:
       - name: envoy.filters.network.tcp_proxy
         typed_config:
           \"@type\": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy
-          stat_prefix: {name}
-          cluster: {name}
+          stat_prefix: \"{name}\"
+          cluster: \"{name}\"
           idle_timeout: 86400s
   clusters:
-  - name: {name}
+  - name: \"{name}\"
     type: STATIC
     connect_timeout: 5s
     transport_socket:
@@ -144,7 +144,7 @@ static_resources:
           typed_config:
             \"@type\": type.googleapis.com/envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer
     load_assignment:
-      cluster_name: {name}
+      cluster_name: \"{name}\"
       endpoints:
       - lb_endpoints:
         - endpoint:

@@ -5,6 +5,7 @@ mod exits;
 mod json;
 pub(crate) mod lab;
 mod link;
+mod migrating;
+mod page;
 mod readmes;
 mod scripts;
-mod units;

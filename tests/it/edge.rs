@@ -1,5 +1,7 @@
 //! `edge-config`: what it prints is loaded into the real programs, and clients come through them.
 
+mod parsed;
+
 use std::net::TcpStream;
 
 use crate::chain::deployment::{CLIENT, Deployment, VPS01, WKS01_PRIVATE};

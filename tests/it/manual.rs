@@ -30,6 +30,35 @@ fn every_page_that_the_manual_refers_to_is_there() {
 }
 
 #[test]
+fn pages_as_files_for_a_package() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = mmproxyctl(&["man", "--dir"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    for (page, names) in [
+        ("mmproxyctl.1", "mmproxyctl-pathway"),
+        ("mmproxyctl-run.1", "--json-config"),
+        ("mmproxyctl-pathway-add.1", "--dry-run"),
+        ("go-mmproxy.1", "-allowed-subnets"),
+        ("mmproxy.1", "-force-real-client-port"),
+    ] {
+        let text = std::fs::read_to_string(dir.path().join(page)).unwrap();
+        assert!(
+            text.starts_with(".ie") || text.starts_with(".TH"),
+            "{page}: {text}"
+        );
+        assert_eq!(text.matches(".TH ").count(), 1, "{page}");
+        assert!(text.replace('\\', "").contains(names), "{page}: {text}");
+    }
+    let unwritable = mmproxyctl(&["man", "--dir", "/proc/none"])
+        .output()
+        .unwrap();
+    assert_eq!(unwritable.status.code(), Some(1), "{unwritable:?}");
+}
+
+#[test]
 fn a_full_stdout_is_an_error_and_no_panic() {
     for words in [
         ["completions", "bash"].as_slice(),

@@ -79,18 +79,32 @@ impl Systemd {
         fs::write(root, text).expect("write file");
     }
 
-    /// Runs a shell script beside its services.
+    /// Copies a file to where its services see it.
+    #[cfg(feature = "soak")]
+    pub(crate) fn copy(&self, from: &std::path::Path, to: &str) {
+        let to = format!("/proc/{}/root{to}", self.init);
+        fs::copy(from, to).expect("copy file");
+    }
+
+    /// Runs a shell script beside its services; what it leaves in the background goes on.
     pub(crate) fn run_script(&self, script: &str) {
-        let output = Command::new("nsenter")
+        let log = tempfile::NamedTempFile::new().expect("a file");
+        let to_log = || log.reopen().expect("open the log");
+        let status = Command::new("nsenter")
             .args([
                 "-t", &self.init, "-m", "-u", "-i", "-n", "-p", "-C", "sh", "-euc", script,
             ])
-            .output()
+            .stdin(Stdio::null())
+            .stdout(to_log())
+            .stderr(to_log())
+            .status()
             .expect("nsenter");
+        let said = || fs::read_to_string(log.path()).unwrap_or_default();
         assert!(
-            output.status.success(),
-            "{script}: {}",
-            String::from_utf8_lossy(&output.stderr)
+            status.success(),
+            "{script}: {status}\n{}\n{}",
+            said(),
+            self.journal()
         );
     }
 

@@ -101,7 +101,12 @@ impl All<'_> {
         let Some((spelled, value)) = self.value(flag) else {
             return Ok(None);
         };
-        match number::integer(value).filter(|number| *number >= at_least) {
+        // what begins with 0 is octal for Go alone
+        let read = match self.ancestor() {
+            Ancestor::Go => number::integer(value),
+            Ancestor::Rust | Ancestor::Cloudflare => number::decimal(value),
+        };
+        match read.filter(|number| *number >= at_least) {
             Some(number) => Ok(Some(number)),
             None => Err(invalid(
                 spelled,
@@ -114,7 +119,7 @@ impl All<'_> {
     /// The file of `-c FILE`; `-c 60` is mmproxy-rs's `--close-after 60`.
     fn json_file(&self) -> Option<PathBuf> {
         let (_, value) = self.value(Flag::Config)?;
-        number::integer(value).is_none().then(|| value.into())
+        number::decimal(value).is_none().then(|| value.into())
     }
 
     fn ancestor(&self) -> Ancestor {

@@ -111,6 +111,14 @@ const LINES: &[(&str, &str)] = &[
     ("go-mmproxy -mark=0b1111011", "mark=123"),
     ("go-mmproxy -mark 1_000", "mark=1000"),
     ("go-mmproxy -mark 4294967295", "mark=4294967295"),
+    (
+        "go-mmproxy -mark 0o173 --listeners=0x4",
+        "mark=123 listeners=4",
+    ),
+    // Go looks no further than the first =, and takes what follows a flag for its value whatever it is
+    ("go-mmproxy -allowed-subnets=a=b", "allow=a=b"),
+    ("go-mmproxy -allowed-subnets -l", "allow=-l"),
+    ("go-mmproxy -allowed-subnets=", ""),
     ("go-mmproxy -listeners 4", "listeners=4"),
     ("go-mmproxy -close-after 5", "close=5"),
     ("go-mmproxy -close-after 0", "close=1 notes=1"),
@@ -177,6 +185,17 @@ const LINES: &[(&str, &str)] = &[
         "l=127.0.0.1:3 4=127.0.0.1:1 6=[::1]:2 udp mark=4 listeners=6 close=5 allow=s",
     ),
     ("mmproxy -a subnets.txt", "allow=subnets.txt"),
+    // decimal, where Go would read octal or a file's name
+    ("mmproxy -m 0123", "mark=123"),
+    ("mmproxy -m 08 -c 060 -p udp", "udp mark=8 close=60"),
+    (
+        "mmproxy --mark 010 --listen-addr 127.0.0.1:3",
+        "l=127.0.0.1:3 mark=10",
+    ),
+    (
+        "mmproxy CF -q --mark 010",
+        "l=0.0.0.0:2222 4=127.0.0.1:22 6=[::1]:22 mark=10 allow=nets port=any",
+    ),
     (
         "mmproxy -a s -l 127.0.0.1:3 -4 127.0.0.1:1 -6 [::1]:2 -p tcp",
         "l=127.0.0.1:3 4=127.0.0.1:1 6=[::1]:2 allow=s",

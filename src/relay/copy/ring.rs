@@ -7,7 +7,7 @@
 //! Nothing is ever left under way: no operation waits (`MSG_DONTWAIT`), each is complete when the call that
 //! began it returns. So there is nothing to cancel, and a descriptor is used only while its owner holds it.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -22,7 +22,7 @@ use tracing::warn;
 /// What one piece has room for. A page of it costs memory once bytes have come to it.
 pub(super) const ROOM: usize = 16 << 10;
 
-/// How many pieces a round can hold; whoever comes later reads alone.
+/// How many pieces there are; whoever comes when all are taken reads alone.
 const PIECES: u16 = 128;
 
 /// One thread's ring.
@@ -31,23 +31,34 @@ pub(in crate::relay) struct Ring(RefCell<Inner>);
 struct Inner {
     /// Gone after a failure that nobody foresaw; everything goes on without it.
     uring: Option<IoUring>,
-    /// [`ROOM`] bytes for each piece. Never freed or moved before the ring is.
-    memory: Box<[u8]>,
-    pieces: Vec<Piece>,
-    free: Vec<u16>,
+    free: Vec<Rc<Piece>>,
     /// What this round will move.
-    queue: Vec<u16>,
+    queue: Vec<Rc<Piece>>,
+    /// What was moved, and whose owners may not have looked yet.
+    moved: Vec<Rc<Piece>>,
     round: Option<Waker>,
 }
 
-/// A piece of some connection's bytes on its way.
-#[derive(Default)]
+/// A piece of some connection's bytes on its way. An owner that has given up is seen by the count of references.
 struct Piece {
-    from: RawFd,
-    to: RawFd,
-    /// Whoever waits for it; nobody once that one has given up.
-    owner: Option<Waker>,
-    outcome: Option<Outcome>,
+    from: Cell<RawFd>,
+    to: Cell<RawFd>,
+    owner: Cell<Option<Waker>>,
+    outcome: Cell<Option<Outcome>>,
+    /// Of [`ROOM`] bytes.
+    memory: RefCell<Box<[u8]>>,
+}
+
+impl Piece {
+    fn new() -> Rc<Self> {
+        Rc::new(Self {
+            from: Cell::new(-1),
+            to: Cell::new(-1),
+            owner: Cell::default(),
+            outcome: Cell::default(),
+            memory: RefCell::new(vec![0; ROOM].into_boxed_slice()),
+        })
+    }
 }
 
 /// What became of a piece.
@@ -82,41 +93,31 @@ impl Ring {
             .build(u32::from(PIECES))?;
         Ok(Rc::new(Self(RefCell::new(Inner {
             uring: Some(uring),
-            memory: vec![0; usize::from(PIECES) * ROOM].into_boxed_slice(),
-            pieces: (0..PIECES).map(|_| Piece::default()).collect(),
-            // the last one that was free is the next: its memory is in the cache
-            free: (0..PIECES).rev().collect(),
-            queue: Vec::with_capacity(usize::from(PIECES)),
+            free: (0..PIECES).map(|_| Piece::new()).collect(),
+            queue: Vec::with_capacity(PIECES.into()),
+            moved: Vec::with_capacity(PIECES.into()),
             round: None,
         }))))
     }
 
     /// Has what `from` holds moved to `to` in this round; the waker is told when it is. The caller keeps
-    /// both sockets open for as long as the ticket lives. `None` when the round is full.
-    pub(super) fn queue(
-        self: &Rc<Self>,
-        from: &impl AsFd,
-        to: &impl AsFd,
-        owner: &Waker,
-    ) -> Option<Ticket> {
+    /// both sockets open for as long as the ticket lives. `None` when all pieces are taken.
+    pub(super) fn queue(&self, from: &impl AsFd, to: &impl AsFd, owner: &Waker) -> Option<Ticket> {
         let mut inner = self.0.borrow_mut();
-        let number = inner.free.pop()?;
-        inner.pieces[usize::from(number)] = Piece {
-            from: from.as_fd().as_raw_fd(),
-            to: to.as_fd().as_raw_fd(),
-            owner: Some(owner.clone()),
-            outcome: None,
-        };
+        if inner.free.is_empty() {
+            inner.reclaim();
+        }
+        let piece = inner.free.pop()?;
+        piece.from.set(from.as_fd().as_raw_fd());
+        piece.to.set(to.as_fd().as_raw_fd());
+        piece.owner.set(Some(owner.clone()));
         if inner.queue.is_empty()
             && let Some(round) = &inner.round
         {
             round.wake_by_ref();
         }
-        inner.queue.push(number);
-        Some(Ticket {
-            ring: Rc::clone(self),
-            number,
-        })
+        inner.queue.push(Rc::clone(&piece));
+        Some(Ticket(piece))
     }
 
     /// Moves what was queued, round by round, for ever. A task of its own on the ring's thread: tasks run in
@@ -135,15 +136,23 @@ impl Ring {
 }
 
 impl Inner {
+    /// Makes free what nobody else holds any more.
+    fn reclaim(&mut self) {
+        let left = self
+            .moved
+            .extract_if(.., |piece| Rc::strong_count(piece) == 1);
+        self.free.extend(left.inspect(|piece| {
+            piece.owner.take();
+            piece.outcome.take();
+        }));
+    }
+
     fn move_queued(&mut self) {
+        self.reclaim();
         let mut queue = std::mem::take(&mut self.queue);
-        queue.retain(|&number| {
-            let wanted = self.pieces[usize::from(number)].owner.is_some();
-            if !wanted {
-                self.free.push(number);
-            }
-            wanted
-        });
+        // their owners have given up: the descriptors may be somebody else's by now
+        let given_up = queue.extract_if(.., |piece| Rc::strong_count(piece) == 1);
+        self.moved.extend(given_up);
         // alone there is nothing to share: two plain calls are cheaper
         if queue.len() > 1
             && let Err(error) = self.move_together(&queue)
@@ -151,84 +160,76 @@ impl Inner {
             warn!(%error, "io_uring failed: connections are relayed without it from here on");
             self.uring = None;
         }
-        for &number in &queue {
-            let outcome = match self.pieces[usize::from(number)].outcome {
-                Some(outcome) => outcome,
-                None => self.move_alone(number),
-            };
-            let piece = &mut self.pieces[usize::from(number)];
-            piece.outcome = Some(outcome);
-            if let Some(owner) = &piece.owner {
-                owner.wake_by_ref();
+        for piece in &queue {
+            if piece.outcome.get().is_none() {
+                piece.outcome.set(Some(move_alone(piece)));
+            }
+            if let Some(owner) = piece.owner.take() {
+                owner.wake();
             }
         }
-        queue.clear();
+        self.moved.append(&mut queue);
         self.queue = queue;
     }
 
     /// Two system calls for all of them. Pieces are left without an outcome where the ring is gone or fails.
-    fn move_together(&mut self, queue: &[u16]) -> io::Result<()> {
+    fn move_together(&mut self, queue: &[Rc<Piece>]) -> io::Result<()> {
         let Some(uring) = &mut self.uring else {
             return Ok(());
         };
-        let pieces = &mut self.pieces;
-        for &number in queue {
-            let room = &mut self.memory[usize::from(number) * ROOM..][..ROOM];
-            let from = types::Fd(pieces[usize::from(number)].from);
-            let receive = opcode::Recv::new(from, room.as_mut_ptr(), ROOM as u32)
+        for (number, piece) in queue.iter().enumerate() {
+            let room = piece.memory.borrow_mut().as_mut_ptr();
+            let receive = opcode::Recv::new(types::Fd(piece.from.get()), room, ROOM as u32)
                 .flags(libc::MSG_DONTWAIT)
                 .build();
-            push(uring, receive.user_data(number.into()))?;
+            push(uring, receive.user_data(number as u64))?;
         }
         complete(uring, queue.len(), |number, received| {
-            pieces[number].outcome = Some(Outcome::nothing(received));
+            queue[number].outcome.set(Some(Outcome::nothing(received)));
         })?;
         let mut sends = 0;
-        for &number in queue {
-            let piece = &pieces[usize::from(number)];
+        for (number, piece) in queue.iter().enumerate() {
             if let Some(Outcome {
                 received: Ok(length @ 1..),
                 ..
-            }) = piece.outcome
+            }) = piece.outcome.get()
             {
-                let data = &self.memory[usize::from(number) * ROOM..][..length];
-                let send = opcode::Send::new(types::Fd(piece.to), data.as_ptr(), length as u32)
+                let data = piece.memory.borrow().as_ptr();
+                let send = opcode::Send::new(types::Fd(piece.to.get()), data, length as u32)
                     .flags(libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
                     .build();
-                push(uring, send.user_data(number.into()))?;
+                push(uring, send.user_data(number as u64))?;
                 sends += 1;
             }
         }
         // a call that fails has begun nothing: what was not sent then is sent by its owner
         complete(uring, sends, |number, sent| {
-            if let Some(outcome) = &mut pieces[number].outcome {
-                outcome.sent = sent;
+            if let Some(outcome) = queue[number].outcome.get() {
+                queue[number].outcome.set(Some(Outcome { sent, ..outcome }));
             }
         })
     }
+}
 
-    fn move_alone(&mut self, number: u16) -> Outcome {
-        let Piece { from, to, .. } = self.pieces[usize::from(number)];
-        let room = &mut self.memory[usize::from(number) * ROOM..][..ROOM];
-        let received = recv(from, room, MsgFlags::MSG_DONTWAIT);
-        match received {
-            Ok(length @ 1..) => Outcome {
+fn move_alone(piece: &Piece) -> Outcome {
+    let mut room = piece.memory.borrow_mut();
+    let received = recv(piece.from.get(), &mut room, MsgFlags::MSG_DONTWAIT);
+    match received {
+        Ok(length @ 1..) => {
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            Outcome {
                 received,
-                sent: send(
-                    to,
-                    &room[..length],
-                    MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
-                ),
-            },
-            _ => Outcome::nothing(received),
+                sent: send(piece.to.get(), &room[..length], flags),
+            }
         }
+        _ => Outcome::nothing(received),
     }
 }
 
 /// Adds an operation to the next call, which [`complete`] makes.
 fn push(uring: &mut IoUring, entry: squeue::Entry) -> io::Result<()> {
-    // SAFETY: the memory behind the entry belongs to a piece that is in use and lives as long as the ring;
-    // nobody looks at it before `complete` returns, when the operation is over
+    // SAFETY: the memory behind the entry belongs to a piece of the queue, which stays there, and nobody
+    // looks at it, before `complete` has returned; then the operation is over
     #[expect(unsafe_code, reason = "the kernel reads and writes behind pointers")]
     let pushed = unsafe { uring.submission().push(&entry) };
     pushed.map_err(io::Error::other)
@@ -249,7 +250,7 @@ fn complete(
         for completion in uring.completion() {
             let outcome = usize::try_from(completion.result())
                 .map_err(|_| Errno::from_raw(-completion.result()));
-            // a piece's number
+            // its place in the queue
             result(completion.user_data() as usize, outcome);
             left -= 1;
         }
@@ -257,40 +258,23 @@ fn complete(
     Ok(())
 }
 
-/// One's place in a round.
-pub(super) struct Ticket {
-    ring: Rc<Ring>,
-    number: u16,
-}
+/// One's place in a round. Whoever drops it has given up.
+pub(super) struct Ticket(Rc<Piece>);
 
 impl Ticket {
     /// What became of the bytes, after the round.
     pub(super) fn outcome(&self) -> Option<Outcome> {
-        self.ring.0.borrow().pieces[usize::from(self.number)].outcome
+        self.0.outcome.get()
     }
 
     /// Those bytes that were received and not passed on.
     pub(super) fn unsent(&self) -> Box<[u8]> {
-        let inner = self.ring.0.borrow();
-        let start = usize::from(self.number) * ROOM;
         let count = |bytes: Result<usize, Errno>| bytes.unwrap_or_default();
-        let (received, sent) = match inner.pieces[usize::from(self.number)].outcome {
+        let (received, sent) = match self.outcome() {
             Some(outcome) => (count(outcome.received), count(outcome.sent)),
             None => (0, 0),
         };
-        inner.memory[start + sent..start + received].into()
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        let mut inner = self.ring.0.borrow_mut();
-        let piece = &mut inner.pieces[usize::from(self.number)];
-        piece.owner = None;
-        if piece.outcome.take().is_some() {
-            inner.free.push(self.number);
-        }
-        // otherwise it is queued still, and free when its round comes
+        self.0.memory.borrow()[sent..received].into()
     }
 }
 
@@ -441,6 +425,7 @@ mod tests {
             assert_eq!(lines[0].arrived(), b"bytes");
             assert_eq!(lines[2].arrived(), b"bytes");
             drop(tickets);
+            round(&ring);
             assert_eq!(ring.0.borrow().free.len(), usize::from(PIECES));
         }
     }

@@ -1,5 +1,7 @@
 //! The example invocation of each ancestor's README, on the routing that its README sets up.
 
+use crate::relay::lab::Service;
+use crate::support::net::Host;
 use crate::udp::lab as udp;
 
 use super::lab::{CLIENTS, Old};
@@ -39,6 +41,32 @@ fn kzemeks_go_mmproxy() {
     );
     assert!(!relay.log().contains("no allow list"), "{}", relay.log());
     old.assert_seen("10.0.0.1:1234", &services);
+}
+
+#[test]
+fn kzemeks_containers() {
+    // the relay's container has two networks, and is the way out of the service's
+    let old = Old::new();
+    let (wks, echo) = (&old.lab.wks, Host::new("echo"));
+    wks.link("eth1", &["10.5.5.3/24"], &echo, "eth0", &["10.5.5.2/24"]);
+    echo.ip("route add default via 10.5.5.3");
+    // what its entry point does first
+    wks.sysctl("net.ipv4.conf.all.route_localnet", "1");
+    for words in [
+        "iptables -t mangle -A OUTPUT -m mark --mark 123 -j CONNMARK --save-mark",
+        "iptables -t mangle -A OUTPUT -m mark --mark 123 -j MARK --set-mark 0",
+        "iptables -t mangle -A PREROUTING -m connmark --mark 123 -j CONNMARK --restore-mark",
+        "ip rule add fwmark 123 lookup 100",
+        "ip route add local 0.0.0.0/0 dev lo table 100",
+    ] {
+        wks.run(words);
+    }
+    let service = Service::echo(&echo, "0.0.0.0:9000");
+    let relay = old.run("./go-mmproxy -l 0.0.0.0:1234 -4 10.5.5.2:9000 -p tcp -v 2 -mark 123");
+    let _open = old.connect("10.0.0.1:1234".parse().unwrap(), CLIENTS[0]);
+    assert_eq!(service.peer(), CLIENTS[0].parse().unwrap());
+    // -v 2: all state changes
+    relay.wait_log("203.0.113.7:40000");
 }
 
 #[test]

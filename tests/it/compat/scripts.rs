@@ -20,6 +20,23 @@ exec "$MMPROXY_BIN" -allowed-subnets "$ALLOW_LIST_PATH" -mark "$mark" -l "$liste
     -4 "$four:$port" -6 "[$six]:$port" -v 1
 "#;
 
+/// Its set-up script: add-all and del-all, with the mark as the table. Without the `-i+` and `-o+` of the real
+/// one, which match every interface in iptables-legacy and none in iptables-nft.
+pub(super) const SETUP: &str = r#"set -eu
+case $1 in add-all) verb=add flag=-A ;; del-all) verb=del flag=-D ;; esac
+while read -r mark || [ -n "$mark" ]; do
+    case $mark in ''|'#'*) continue ;; esac
+    ip rule $verb from 127.0.0.1/8 fwmark "$mark" iif lo lookup "$mark"
+    ip -6 rule $verb from ::1 fwmark "$mark" iif lo lookup "$mark"
+    ip route $verb local 0.0.0.0/0 dev lo table "$mark"
+    ip -6 route $verb local ::/0 dev lo table "$mark"
+    for tool in iptables ip6tables; do
+        $tool -t mangle $flag PREROUTING -m mark --mark "$mark" -j CONNMARK --save-mark
+        $tool -t mangle $flag OUTPUT -m connmark --mark "$mark" -j CONNMARK --restore-mark
+    done
+done <config/pathways.conf
+"#;
+
 /// How that set-up makes a pathway; it works where 127.0.0.0/8 may be routed.
 fn old_pathway(old: &Old, mark: u32) {
     let wks = &old.lab.wks;
@@ -99,6 +116,9 @@ fn the_start_script_runs_unchanged_and_finds_the_process() {
         .try_run("pgrep -f go-mmproxy.*-l.10.0.0.1:2222.*-mark.123");
     let pids: Vec<_> = stdout(&found).lines().map(str::to_owned).collect();
     assert!(pids.contains(&relay.pid().to_string()), "{pids:?}");
+    // and by its name alone, as pkill looks for it
+    let comm = std::fs::read_to_string(format!("/proc/{}/comm", relay.pid())).expect("its name");
+    assert_eq!(comm.trim(), "go-mmproxy");
     let again = layout.start().output().expect("the script");
     assert!(again.status.success(), "{again:?}");
     assert_eq!(stdout(&again).trim(), "vps01-ssh: already running");
