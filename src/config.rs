@@ -30,7 +30,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 pub use diagnostics::{Diagnostic, Diagnostics, Severity};
-pub use instance_options::{OPTIONS, from_words};
+pub use instance_options::{OPTIONS, from_words, listen_as_told};
 pub use json_form::{JsonForm, read as read_json};
 pub use origin::{Origin, Relays, Standalone, Trusted, has_ipv6};
 use source::Source;
@@ -333,8 +333,8 @@ fn merged(
     (pathways, instances)
 }
 
-/// Adds what instances say to the pathways of their marks: the non-loopback targets, as /32 or /128, and
-/// who uses them for UDP.
+/// Adds what instances say to the pathways of their marks: the non-loopback targets, as /32 or /128, who
+/// uses them for UDP, and what is handed to transparent listeners.
 fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
     for pathway in pathways {
         let targets = instances
@@ -350,7 +350,8 @@ fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
             .filter(|instance| instance.mark == Some(pathway.mark))
             .filter_map(|instance| instance.options.destinations.as_ref())
             .flatten()
-            .filter(|prefix| !prefix.addr().is_loopback());
+            // everything is what only the old flags can mean: rules for it would take the relay's own packets
+            .filter(|prefix| !prefix.addr().is_loopback() && prefix.prefix_len() > 0);
         pathway.targets.extend(chosen);
         let udp = instances.iter().filter(|instance| {
             instance.mark == Some(pathway.mark) && instance.options.protocol == Protocol::Udp
@@ -358,6 +359,12 @@ fn merge_targets(pathways: &mut [Pathway], instances: &[Instance]) {
         pathway
             .udp
             .extend(udp.map(|instance| instance.name.clone()));
+        let of_mark = instances
+            .iter()
+            .filter(|instance| instance.mark == Some(pathway.mark));
+        pathway
+            .interceptions
+            .extend(of_mark.filter_map(Instance::interception));
     }
 }
 

@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 
 use clap::ValueEnum;
 
-use crate::model::{Family, Instance, Protocol, UdpHeader};
+use crate::model::{Family, Instance, Listen, Protocol, UdpHeader};
 
 /// A program or service that sends PROXY headers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -58,6 +58,8 @@ struct Facts<'i> {
     edge: Edge,
     v4: bool,
     v6: bool,
+    /// The listener is no address of this host: it needs a route there.
+    routed: bool,
 }
 
 impl Edge {
@@ -84,8 +86,25 @@ impl Edge {
                     instance.name
                 )));
             }
+            None if matches!(instance.listen, Listen::Network(all) if all.network().hosts().nth(1).is_some()) =>
+            {
+                return Err(EdgeError(format!(
+                    "{} takes whatever is routed to this host for {}: name the one that the proxy connects to \
+                     with --address",
+                    instance.name, instance.listen
+                )));
+            }
             None => listen.ip(),
         };
+        if let (Listen::Network(all), Some(ip)) = (&instance.listen, address)
+            && !all.is_anywhere()
+            && !all.network().contains(&ip)
+        {
+            return Err(EdgeError(format!(
+                "{ip} is none of the addresses that {} takes: {}",
+                instance.name, instance.listen
+            )));
+        }
         let target = instance.targets().next().map(|target| target.port());
         Ok(Self {
             relay: SocketAddr::new(ip, listen.port()),
@@ -106,6 +125,7 @@ pub fn snippet(instance: &Instance, kind: Kind, edge: Edge) -> Result<String, Ed
         edge,
         v4: instance.target(Family::V4).is_some(),
         v6: instance.target(Family::V6).is_some(),
+        routed: instance.interception().is_some(),
     };
     let text = match kind {
         Kind::Haproxy => balancers::haproxy(&facts),
@@ -138,9 +158,15 @@ impl Facts<'_> {
             }
             _ => "",
         };
+        let route = match self.routed {
+            true => {
+                "That address is not the relay host's own: packets for it must be routed there (a static route)."
+            }
+            false => "",
+        };
         for line in lines
             .iter()
-            .chain(&[family])
+            .chain(&[family, route])
             .filter(|line| !line.is_empty())
         {
             text.push_str(&format!("{sign} {line}\n"));

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use crate::compat::{self, Ancestor, Destination, Invocation, Listening, OldName, Place};
 use crate::config::JsonForm;
-use crate::model::{InstanceOptions, Mark, PortPolicy, Protocol};
+use crate::model::{InstanceOptions, ListenMode, Mark, PortPolicy, Protocol};
 
 pub use compose::compose;
 pub use files::{Files, write};
@@ -180,11 +180,19 @@ fn drafts(
         ),
     }
     if relay.destination == Destination::Header {
-        notes
-            .push("-dynamic-destination is left out: mmproxyctl has no such option yet".to_owned());
+        notes.push(
+            "-dynamic-destination is target=header with - in columns 4 to 6, and needs destinations=, the \
+             networks that may be connected to: until then the two targets stand here"
+                .to_owned(),
+        );
     }
     if relay.listening == Listening::Transparent {
-        notes.push("-listen-transparent is left out: mmproxyctl has no such option yet".to_owned());
+        options.listen = ListenMode::Transparent;
+        notes.push(
+            "listen=transparent as before, with the TPROXY rules that are there: 'pathway add' makes them where \
+             the listen address names what is routed here, such as 203.0.113.0/24:443"
+                .to_owned(),
+        );
     }
     if relay.port == PortPolicy::Any {
         notes.push(

@@ -9,6 +9,7 @@ mod allow;
 mod duration;
 mod instance;
 mod listen;
+mod network;
 mod pathway;
 mod target;
 
@@ -17,10 +18,12 @@ pub use addr::{ClientAddr, Family, ListenAddr, ProxyAddr, TargetAddr};
 pub use allow::{AllowList, parse_prefix};
 pub use duration::{MAX_DURATION, parse_duration};
 pub use instance::{
-    Instance, InstanceName, InstanceOptions, PortPolicy, Protocol, TargetPorts, UdpHeader,
+    Instance, InstanceName, InstanceOptions, ListenMode, PortPolicy, Protocol, TargetPorts,
+    UdpHeader,
 };
 pub use listen::{Endpoint, Listen, ListenRange, PortRange, SocketPath};
-pub use pathway::{ConnmarkMode, Mark, Mask, Pathway, Priority, TableId};
+pub use network::{Interception, ListenNetwork};
+pub use pathway::{ConnmarkMode, Mark, Mask, Pathway, Priority, TRANSPARENT_MARK, TableId};
 pub use target::{Answers, NamedTargets, TargetName};
 
 /// Why a text is not a value of the model.

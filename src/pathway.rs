@@ -292,7 +292,7 @@ fn not_configured(
     for rule in present.rules.iter().filter(|rule| rule.is_ours()) {
         if !known.contains(&rule.table) {
             let mark = tables.entry(rule.table).or_default();
-            *mark = mark.or(rule.mark.and_then(|(mark, _)| Mark::new(mark)));
+            *mark = mark.or(rule.pathway_mark().and_then(Mark::new));
         }
     }
     for route in routes {

@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
-use crate::model::{ClientAddr, Family, ListenAddr, Mark, PortPolicy, TargetAddr};
+use crate::model::{ClientAddr, Endpoint, Family, ListenAddr, Mark, PortPolicy, TargetAddr};
 
 pub mod listening;
 pub mod stream;
@@ -108,14 +108,14 @@ pub struct Listeners {
 /// # Errors
 /// When the address is in use, also by another program that set `SO_REUSEPORT`, or cannot be bound.
 pub fn tcp_listeners(addr: ListenAddr, count: NonZeroUsize) -> Result<Listeners, ListenError> {
-    listeners(addr.get(), count).map_err(ListenError::on(addr))
+    listeners(addr.get(), Reach::Own, count).map_err(ListenError::on(addr))
 }
 
-fn listeners(addr: SocketAddr, count: NonZeroUsize) -> Result<Listeners, Failure> {
+fn listeners(addr: SocketAddr, reach: Reach, count: NonZeroUsize) -> Result<Listeners, Failure> {
     // Without SO_REUSEPORT bind() tells whether somebody listens there already; with it, a second
     // program of the same user would silently get half of the connections. The probe never listens:
     // it is in nobody's way, not even while a child that is just being forked still holds it open.
-    let probe = bound(addr, Sharing::Exclusive)?;
+    let probe = bound(addr, reach, Sharing::Exclusive)?;
     let addr = probe
         .socket
         .local_addr()
@@ -123,7 +123,7 @@ fn listeners(addr: SocketAddr, count: NonZeroUsize) -> Result<Listeners, Failure
         .as_socket()
         .unwrap_or(addr);
     let sockets = (0..count.get())
-        .map(|_| sharing_listener(addr))
+        .map(|_| sharing_listener(addr, reach))
         .collect::<Result<Vec<_>, _>>()?;
     Ok(Listeners {
         sockets,
@@ -132,8 +132,8 @@ fn listeners(addr: SocketAddr, count: NonZeroUsize) -> Result<Listeners, Failure
 }
 
 /// One more listener on an address that others of this user listen on with `SO_REUSEPORT`.
-fn sharing_listener(addr: SocketAddr) -> Result<TcpListener, Failure> {
-    let socket = bound(addr, Sharing::ReusePort)?.socket;
+fn sharing_listener(addr: SocketAddr, reach: Reach) -> Result<TcpListener, Failure> {
+    let socket = bound(addr, reach, Sharing::ReusePort)?.socket;
     socket
         .set_tcp_nodelay(true)
         .map_err(Failure::at("set TCP_NODELAY"))?;
@@ -147,6 +147,40 @@ fn sharing_listener(addr: SocketAddr) -> Result<TcpListener, Failure> {
     Ok(TcpListener::from(socket))
 }
 
+/// What a listening socket can get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    /// What is sent to its address.
+    Own,
+    /// Also what the kernel's rules hand to it, whatever the address (`IP_TRANSPARENT`); so its own may be
+    /// anybody's.
+    Transparent,
+}
+
+impl Reach {
+    /// That of a socket that is there.
+    fn of(socket: &impl AsFd, addr: SocketAddr) -> io::Result<Self> {
+        let socket = SockRef::from(socket);
+        let transparent = match addr {
+            SocketAddr::V4(_) => socket.ip_transparent_v4()?,
+            SocketAddr::V6(_) => socket.ip_transparent_v6()?,
+        };
+        Ok(if transparent {
+            Self::Transparent
+        } else {
+            Self::Own
+        })
+    }
+
+    /// A place of this kind.
+    fn at(self, addr: SocketAddr) -> Endpoint {
+        match self {
+            Self::Own => Endpoint::Inet(addr),
+            Self::Transparent => Endpoint::Transparent(addr),
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Sharing {
     Exclusive,
@@ -158,7 +192,7 @@ struct Bound {
     address_missing: bool,
 }
 
-fn bound(addr: SocketAddr, sharing: Sharing) -> Result<Bound, Failure> {
+fn bound(addr: SocketAddr, reach: Reach, sharing: Sharing) -> Result<Bound, Failure> {
     let socket = Socket::new(
         Domain::for_address(addr),
         Type::STREAM.nonblocking(),
@@ -177,6 +211,9 @@ fn bound(addr: SocketAddr, sharing: Sharing) -> Result<Bound, Failure> {
         socket
             .set_reuse_port(true)
             .map_err(Failure::at("set SO_REUSEPORT"))?;
+    }
+    if reach == Reach::Transparent {
+        set_transparent(&socket, Family::of(addr.ip()))?;
     }
     let sockaddr = SockAddr::from(addr);
     let address_missing = match socket.bind(&sockaddr) {

@@ -18,7 +18,8 @@ const HEADING: &str = "A relay without files";
     group(ArgGroup::new("target").args(["target4", "target6", "target_source"]).multiple(true)),
 )]
 pub struct StandaloneArgs {
-    /// Where the proxy connects to: an address with a port or a range of ports, or unix:/path
+    /// Where the proxy connects to: an address with a port or a range of ports, or unix:/path; with
+    /// --listen-transparent also a network, 203.0.113.0/24:443
     #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = FILES, requires = "target")]
     pub listen: Option<Listen>,
     /// Where IPv4 clients go
@@ -69,6 +70,9 @@ pub struct OptionFlags {
     /// How many sockets share the listen address [default: one per worker]
     #[arg(long, value_name = "N", requires = "listen")]
     pub listeners: Option<String>,
+    /// For addresses that are routed to this host without being its own: TPROXY hands over what is sent there
+    #[arg(long, requires = "listen")]
+    pub listen_transparent: bool,
     /// Whether the client's port is kept [default: keep]
     #[arg(long, value_name = "keep|any", requires = "listen")]
     pub port: Option<String>,
@@ -114,6 +118,7 @@ impl OptionFlags {
             header_timeout,
             connect_timeout,
             listeners,
+            listen_transparent,
             port,
             max_connections,
             max_flows,
@@ -141,8 +146,10 @@ impl OptionFlags {
             ("target", target),
             ("destinations", destinations),
         ];
+        let transparent = listen_transparent.then_some(("listen", "transparent"));
         all.into_iter()
             .filter_map(|(key, value)| Some((key, value.as_deref()?)))
+            .chain(transparent)
             .collect()
     }
 }
@@ -160,6 +167,11 @@ mod tests {
         cli.build();
         let run = cli.find_subcommand("run").unwrap();
         for option in OPTIONS {
+            // --listen is the address
+            let option = match option {
+                "listen" => "listen-transparent",
+                other => other,
+            };
             let flag = run
                 .get_arguments()
                 .any(|arg| arg.get_long() == Some(option));

@@ -9,6 +9,7 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tracing::{info, warn};
 
 use super::output::results;
@@ -18,8 +19,8 @@ use crate::compat::{self, Ancestor, Destination, Invocation, Listening, OldName,
 use crate::config::{self, Origin, Relays, Standalone, Trusted};
 use crate::logging;
 use crate::model::{
-    ConnmarkMode, Instance, InstanceOptions, ListenAddr, Mark, NamedTargets, Pathway, Protocol,
-    TableId, TargetPorts,
+    ConnmarkMode, Family, Instance, InstanceOptions, Listen, ListenAddr, ListenMode, Mark,
+    NamedTargets, Pathway, Protocol, TableId, TargetPorts,
 };
 use crate::pathway::{self, Firewall};
 use crate::runtime_dir::RuntimeDir;
@@ -65,9 +66,11 @@ pub(super) fn run(
             let suggest = relay.suggest.zip(relay.mark);
             let allow = relay.allow.clone();
             let notes = relay.notes.clone();
+            let warnings: Vec<_> = warnings(&relay).collect();
             let instances = instances(*relay)?;
             logging::init(&global(verbosity, None));
             notes.iter().for_each(|note| warn!("{note}"));
+            warnings.iter().for_each(|warning| warn!("{warning}"));
             (Relays::Given(instances), allow, verbosity, suggest)
         }
     };
@@ -137,27 +140,27 @@ fn findable(name: OldName, argv0: &OsString, words: &[String]) {
 
 /// One instance for each family that Go would listen on.
 fn instances(relay: compat::Relay) -> anyhow::Result<Vec<Instance>> {
-    let not_yet = |flag| UsageError(format!("{flag} is not supported yet"));
-    if relay.destination == Destination::Header {
-        return Err(not_yet("-dynamic-destination").into());
-    }
-    if relay.listening == Listening::Transparent {
-        return Err(not_yet("-listen-transparent").into());
-    }
     let listen = resolve(&relay.listen, |_| true)?;
     let listens = match relay.ancestor {
         Ancestor::Go => compat::places(listen, config::has_ipv6()),
         Ancestor::Rust | Ancestor::Cloudflare => vec![listen],
     };
-    let target4 = match resolve(&relay.target4, SocketAddr::is_ipv4)? {
-        SocketAddr::V4(addr) => Some(addr),
-        SocketAddr::V6(_) => None,
-    };
-    let target6 = match resolve(&relay.target6, SocketAddr::is_ipv6)? {
-        SocketAddr::V6(addr) => Some(addr),
-        SocketAddr::V4(_) => None,
-    };
     let mut options = InstanceOptions::defaults(relay.protocol);
+    let (mut target4, mut target6) = (None, None);
+    match relay.destination {
+        Destination::Header => options.destinations = Some(Family::BOTH.map(everywhere).into()),
+        Destination::Targets => {
+            if let SocketAddr::V4(addr) = resolve(&relay.target4, SocketAddr::is_ipv4)? {
+                target4 = Some(addr);
+            }
+            if let SocketAddr::V6(addr) = resolve(&relay.target6, SocketAddr::is_ipv6)? {
+                target6 = Some(addr);
+            }
+        }
+    }
+    if relay.listening == Listening::Transparent {
+        options.listen = ListenMode::Transparent;
+    }
     options.listeners = Some(relay.listeners);
     options.port = relay.port;
     if relay.protocol == Protocol::Udp {
@@ -184,13 +187,39 @@ fn instance(
         name: compat::relay_name(relay.protocol, listen)
             .map_err(|error| UsageError(format!("-l: {error}")))?,
         mark: relay.mark,
-        listen: checked.into(),
+        listen: match options.listen {
+            ListenMode::Own => checked.into(),
+            ListenMode::Transparent => Listen::from(checked)
+                .transparent()
+                .map_err(|error| UsageError(format!("-l: {error}")))?,
+        },
         target4,
         target6,
         target_ports: TargetPorts::One,
         named: NamedTargets::default(),
         options,
     })
+}
+
+/// What the flags of a relay leave open to whoever is believed, or leave to others.
+fn warnings(relay: &compat::Relay) -> impl Iterator<Item = &'static str> {
+    let header = (relay.destination == Destination::Header).then_some(
+        "-dynamic-destination: who is believed can have a connection made to any address that this host \
+         reaches, its own services included (mmproxyctl run: --target header --destinations NET+NET)",
+    );
+    let transparent = (relay.listening == Listening::Transparent).then_some(
+        "-listen-transparent: the TPROXY rules are your own, none is made for it (mmproxyctl makes them for \
+         listen=transparent in instances.tsv: pathway add)",
+    );
+    header.into_iter().chain(transparent)
+}
+
+/// All addresses of a family.
+fn everywhere(family: Family) -> IpNet {
+    match family {
+        Family::V4 => IpNet::V4(Ipv4Net::default()),
+        Family::V6 => IpNet::V6(Ipv6Net::default()),
+    }
 }
 
 /// The first address of the wanted kind.

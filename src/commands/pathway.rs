@@ -285,15 +285,18 @@ fn show_change(
     Ok(())
 }
 
-/// "3 rules, 2 routes, 6 CONNMARK lines", and where they came from.
+/// "3 rules, 2 routes, 6 CONNMARK lines, 1 TPROXY line", and where they came from.
 fn counted<'c>(outcome: Outcome, changes: impl Iterator<Item = &'c Change>) -> String {
     let (mut rules, mut routes, mut lines, mut left) = (0, 0, 0, 0);
-    let (mut entries, mut sysctls, mut disorder) = (0, 0, false);
+    let (mut intercepts, mut entries, mut sysctls, mut disorder) = (0, 0, 0, false);
     for change in changes {
         match change.command {
             Step::AddRule(_) | Step::DelRule(_) => rules += 1,
             Step::AddRoute(_) | Step::DelRoute(_) | Step::AdoptRoute { .. } => routes += 1,
-            Step::InsertLine(_) | Step::DelLine(_) => lines += 1,
+            Step::InsertLine(ref line) | Step::DelLine(ref line) => match line.intercepts() {
+                true => intercepts += 1,
+                false => lines += 1,
+            },
             Step::Entries(ref step) => {
                 entries += step.entries.len();
                 disorder |= step.entries.is_empty();
@@ -308,6 +311,7 @@ fn counted<'c>(outcome: Outcome, changes: impl Iterator<Item = &'c Change>) -> S
         (rules, "rule"),
         (routes, "route"),
         (lines, "CONNMARK line"),
+        (intercepts, "TPROXY line"),
         (entries, "nftables entry"),
         (sysctls, "sysctl"),
     ];

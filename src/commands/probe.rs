@@ -14,10 +14,15 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::UsageError;
 use crate::cli::{Corruption, Global, ProbeArgs};
+use crate::config;
+use crate::model::Instance;
 
 /// Runs the verb.
 pub(super) fn run(global: &Global, args: ProbeArgs) -> anyhow::Result<ExitCode> {
     let header = header::build(&args)?;
+    if !global.quiet {
+        note_of_wrong_side(global, args.relay);
+    }
     if args.udp {
         return udp::run(global, &args, &header);
     }
@@ -70,6 +75,27 @@ pub(super) fn run(global: &Global, args: ProbeArgs) -> anyhow::Result<ExitCode> 
         Err(End::Failed(error)) => return Err(error),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is routed to this host arrives from elsewhere only: this host itself sends it on to the router.
+fn note_of_wrong_side(global: &Global, relay: SocketAddr) {
+    // a probe needs no configuration, and one with mistakes is not its affair
+    let Ok(files) = config::load_pathways(&global.config_dir) else {
+        return;
+    };
+    let takes = |instance: &&Instance| {
+        let taken = instance.interception().map(|one| one.listen);
+        taken.is_some_and(|listen| {
+            listen.network().contains(&relay.ip()) && listen.ports().contains(relay.port())
+        })
+    };
+    if let Some(instance) = files.instances.iter().find(takes) {
+        eprintln!(
+            "note: {} takes what is routed to this host for {}, which nothing from this host itself is: \
+             probe it from the proxy's host",
+            instance.name, instance.listen
+        );
+    }
 }
 
 /// Why receiving ended before the other end was done.

@@ -157,6 +157,9 @@ fn named<A>(text: &str) -> Option<Target<A>> {
 }
 
 fn no_address(text: &str, family: &str) -> String {
+    if text.starts_with("docker:") {
+        return format!("'{text}' names no container");
+    }
     if text.parse::<std::net::SocketAddr>().is_ok() {
         format!("'{text}' has a port, which belongs in column 5 (target_port)")
     } else if text.contains('/') {

@@ -52,6 +52,14 @@ pub(super) fn parse(
             for word in list.split(|c| c == '+') {
                 // nothing between two signs has no characters to point at
                 let at: Word<'_> = if word.text.is_empty() { whole } else { word };
+                if word.text.is_empty() {
+                    found.push(Diagnostic::error(
+                        source.position(at),
+                        "destinations= has an empty entry",
+                        LIST,
+                    ));
+                    continue;
+                }
                 match parse_service(word.text) {
                     Ok(prefix) => prefixes.push(prefix),
                     Err(mut mistake) => {

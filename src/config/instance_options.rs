@@ -9,11 +9,12 @@ use super::diagnostics::{Diagnostic, Diagnostics};
 use super::options::Options;
 use super::source::{Source, Word};
 use crate::model::{
-    InstanceOptions, Listen, PortPolicy, Protocol, UdpHeader, ValueError, parse_duration,
+    InstanceOptions, Listen, ListenMode, PortPolicy, Protocol, UdpHeader, ValueError,
+    parse_duration,
 };
 
 /// Every option there is, by its key.
-pub const OPTIONS: [&str; 16] = [
+pub const OPTIONS: [&str; 17] = [
     "protocol",
     "udp-header",
     "idle-timeout",
@@ -21,6 +22,7 @@ pub const OPTIONS: [&str; 16] = [
     "connect-timeout",
     "allow",
     "listeners",
+    "listen",
     "port",
     "max-connections",
     "max-flows",
@@ -85,6 +87,17 @@ pub fn from_words(words: &[(&str, &str)]) -> Result<(InstanceOptions, Diagnostic
     }
 }
 
+/// A listen address from a command line as `--listen-transparent` means it.
+///
+/// # Errors
+/// Where the two do not go together.
+pub fn listen_as_told(listen: &Listen, mode: ListenMode) -> Result<Listen, Diagnostics> {
+    let mut found = Diagnostics::default();
+    let source = Source::new(Path::new("command line"), listen.to_string().as_bytes());
+    let place = source.word(0..source.text().len());
+    listen_as(&source, (listen, place), None, mode, &mut found).ok_or(found)
+}
+
 fn read(source: &Source, given: &Options<'_>, found: &mut Diagnostics) -> InstanceOptions {
     let protocol = given.value("protocol", str::parse::<Protocol>, found);
     let default = InstanceOptions::defaults(protocol.unwrap_or_default());
@@ -102,6 +115,9 @@ fn read(source: &Source, given: &Options<'_>, found: &mut Diagnostics) -> Instan
             .unwrap_or(default.connect_timeout),
         allow: given.value("allow", parse_file, found),
         listeners: given.value("listeners", parse_listeners, found),
+        listen: given
+            .value("listen", str::parse::<ListenMode>, found)
+            .unwrap_or_default(),
         port: given
             .value("port", str::parse::<PortPolicy>, found)
             .unwrap_or(default.port),
@@ -127,6 +143,38 @@ fn read(source: &Source, given: &Options<'_>, found: &mut Diagnostics) -> Instan
         ));
     }
     options
+}
+
+/// The listen address as `listen=` means it; `None` where the two do not go together.
+pub(super) fn listen_as(
+    source: &Source,
+    (listen, place): (&Listen, Word<'_>),
+    cell: Option<Word<'_>>,
+    mode: ListenMode,
+    found: &mut Diagnostics,
+) -> Option<Listen> {
+    let mistake = match mode {
+        ListenMode::Own if matches!(listen, Listen::Network(_)) => Diagnostic::error(
+            source.position(place),
+            format!("{listen} is a network, of which no socket can have more than one address"),
+            "listen=transparent (--listen-transparent), or an address and a port",
+        ),
+        ListenMode::Own => return Some(listen.clone()),
+        ListenMode::Transparent => match listen.clone().transparent() {
+            Ok(listen) => return Some(listen),
+            Err(mistake) => {
+                let complaint = Diagnostic::value(source.position(place), mistake);
+                let words = cell.into_iter().flat_map(|cell| cell.split(|c| c == ','));
+                let mut words = words.map(Word::trimmed);
+                match words.find(|word| word.text.starts_with("listen=")) {
+                    Some(word) => complaint.with(&source.position(word), "how it listens"),
+                    None => complaint,
+                }
+            }
+        },
+    };
+    found.push(mistake);
+    None
 }
 
 /// What the listen address and the options must be for each other.

@@ -217,10 +217,21 @@ impl<'s> Cells<'s> {
             .copied()
             .filter(|cell| !cell.text.is_empty());
         let (options, allow) = instance_options::parse(self.source, cell, found);
-        let in_header = options.destinations.is_some();
+        // also where it lacks its destinations: one complaint is enough
+        let in_header = cell.is_some_and(|cell| {
+            let mut words = cell.split(|c| c == ',');
+            words.any(|word| word.trimmed().text.starts_with("target="))
+        });
         let name = self.take(columns::NAME, row.name, found);
         let mark = self.take(columns::FWMARK, row.fwmark, found);
-        let listen = self.take(columns::LISTEN, row.listen_addr, found);
+        let listen =
+            self.take(columns::LISTEN, row.listen_addr, found)
+                .and_then(|(listen, word)| {
+                    let place = (&listen, word);
+                    let mode = options.listen;
+                    instance_options::listen_as(self.source, place, cell, mode, found)
+                        .map(|listen| (listen, word))
+                });
         let target4 = self.take(columns::TARGET4, row.target_ipv4, found);
         let no_port = in_header
             && self

@@ -13,7 +13,7 @@ use super::source::Source;
 use super::{
     ALLOW, ALLOW_LIST_PATH, Configuration, Diagnostic, Diagnostics, PATHWAYS, allow, json_form,
 };
-use crate::model::{AllowList, Instance, Mark, Pathway};
+use crate::model::{AllowList, Instance, Listen, Mark, Pathway};
 
 /// Where relays come from.
 #[derive(Debug, Clone)]
@@ -114,7 +114,10 @@ impl Standalone {
             Relays::Json(path) => Arc::from(path.as_path()),
         };
         for instance in instances {
-            let Some(range) = instance.listen.ports() else {
+            // a target may well be among the addresses that are intercepted on their way here
+            let (Listen::Address(_) | Listen::Range(_), Some(range)) =
+                (&instance.listen, instance.listen.ports())
+            else {
                 continue;
             };
             let listen = range.first();

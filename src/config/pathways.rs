@@ -47,6 +47,7 @@ impl Line<'_> {
             connmark: self.connmark,
             targets: self.targets.clone(),
             udp: BTreeSet::new(),
+            interceptions: BTreeSet::new(),
         })
     }
 }

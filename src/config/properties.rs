@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::diagnostics::Diagnostics;
 use super::source::Source;
 use super::{INSTANCES, allow, instances, pathways, read_instances};
-use crate::model::{InstanceOptions, PortPolicy, Protocol, UdpHeader};
+use crate::model::{InstanceOptions, ListenMode, PortPolicy, Protocol, UdpHeader};
 
 /// Text that is nearly a configuration: pieces that parsers look at, in any order.
 fn nearly() -> impl Strategy<Value = Vec<u8>> {
@@ -63,6 +63,7 @@ fn nearly_instances() -> impl Strategy<Value = Vec<u8>> {
         column(vec![
             "",
             "\tport=any",
+            "\tlisten=transparent",
             "\tprotocol=udp",
             "\t# x",
             " # x",
@@ -119,9 +120,10 @@ fn options() -> impl Strategy<Value = InstanceOptions> {
         count(1024),
         prop::sample::select(vec![PortPolicy::Keep, PortPolicy::Any]),
         (count(u32::MAX), count(u32::MAX), count(u32::MAX)),
+        prop::sample::select(vec![ListenMode::Own, ListenMode::Transparent]),
     )
         .prop_map(
-            |(udp, udp_header, idle, header, connect, allow, listeners, port, limits)| {
+            |(udp, udp_header, idle, header, connect, allow, listeners, port, limits, listen)| {
                 let (max_connections, max_flows, max_flows_per_proxy) = limits;
                 let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
                 let default = InstanceOptions::defaults(protocol);
@@ -137,6 +139,7 @@ fn options() -> impl Strategy<Value = InstanceOptions> {
                     },
                     allow,
                     listeners,
+                    listen,
                     port,
                     max_connections: max_connections.filter(|_| !udp),
                     max_flows: max_flows.filter(|_| udp),

@@ -540,7 +540,7 @@ error: unknown option 'timeout'
  --> /etc/mmproxy/instances.tsv:1:37
   |
 1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
-  |                                                       ^^^^^^^ expected one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=, socket-mode=, socket-owner=, resolve=, target=, destinations=
+  |                                                       ^^^^^^^ expected one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, listen=, port=, max-connections=, max-flows=, max-flows-per-proxy=, socket-mode=, socket-owner=, resolve=, target=, destinations=
 
 error: nothing between two commas, or behind the last
  --> /etc/mmproxy/instances.tsv:1:37
@@ -560,7 +560,7 @@ error: 'x' is not an option
  --> /etc/mmproxy/instances.tsv:1:68
   |
 1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    timeout=5s,port=any,port=keep,,x
-  |                                                                                      ^ expected key=value, the key one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, port=, max-connections=, max-flows=, max-flows-per-proxy=, socket-mode=, socket-owner=, resolve=, target=, destinations=
+  |                                                                                      ^ expected key=value, the key one of protocol=, udp-header=, idle-timeout=, header-timeout=, connect-timeout=, allow=, listeners=, listen=, port=, max-connections=, max-flows=, max-flows-per-proxy=, socket-mode=, socket-owner=, resolve=, target=, destinations=
 "#]]
     );
     assert_data_eq!(
@@ -1220,7 +1220,7 @@ error: '127.0.0.l' is neither an IPv4 address nor a name
 1 | a    1    192.0.2.9:1    127.0.0.l    22    docker:a/b    resolve=5ms
   |                          ^^^^^^^^^ expected an IPv4 address such as 127.0.0.1, a name, docker:NAME, or - where IPv4 is not served
 
-error: 'docker:a/b' is a prefix, not an IPv6 address
+error: 'docker:a/b' names no container
  --> /etc/mmproxy/instances.tsv:1:30
   |
 1 | a    1    192.0.2.9:1    127.0.0.l    22    docker:a/b    resolve=5ms
@@ -1241,20 +1241,6 @@ error: '5ms' is too short to look names up again
              d\t1\t192.0.2.9:4\t-\t-\t-\ttarget=me\n"
         ),
         str![[r#"
-error: '-' is not a range of ports
- --> /etc/mmproxy/instances.tsv:1:19
-  |
-1 | a    1    192.0.2.9:1    -    -    -    target=header
-  |                               ^ expected a port from 1 to 65535, or a range such as 10000-10999, the smaller one first
-
-error: neither family has a target
- --> /etc/mmproxy/instances.tsv:1:21
-  |
-1 | a    1    192.0.2.9:1    -    -    -    target=header
-  |                          -         ^ expected an address in column 4 (target_ipv4) or column 6 (target_ipv6)
-  |                          |
-  |                          nor here
-
 error: target=header without destinations=
  --> /etc/mmproxy/instances.tsv:1:23
   |
@@ -1279,7 +1265,7 @@ error: column 5 (target_port) with target=header
 3 | c    1    192.0.2.9:3    127.0.0.1    22    -    target=header,destinations=0.0.0.0/0++x
   |                                       ^^ expected -, because the header says where the service is
 
-error: an entry of the list is empty
+error: destinations= has an empty entry
  --> /etc/mmproxy/instances.tsv:3:46
   |
 3 | c    1    192.0.2.9:3    127.0.0.1    22    -    target=header,destinations=0.0.0.0/0++x
@@ -1297,20 +1283,6 @@ error: 'x' is not a prefix
 3 | c    1    192.0.2.9:3    127.0.0.1    22    -    target=header,destinations=0.0.0.0/0++x
   |                                                                                        ^ expected the services' own addresses or networks with + between them, such as 10.0.0.5+fd00:1::/64
 
-error: '-' is not a range of ports
- --> /etc/mmproxy/instances.tsv:4:19
-  |
-4 | d    1    192.0.2.9:4    -    -    -    target=me
-  |                               ^ expected a port from 1 to 65535, or a range such as 10000-10999, the smaller one first
-
-error: neither family has a target
- --> /etc/mmproxy/instances.tsv:4:21
-  |
-4 | d    1    192.0.2.9:4    -    -    -    target=me
-  |                          -         ^ expected an address in column 4 (target_ipv4) or column 6 (target_ipv6)
-  |                          |
-  |                          nor here
-
 error: target= is something else than 'header'
  --> /etc/mmproxy/instances.tsv:4:23
   |
@@ -1324,4 +1296,122 @@ error: target=header without destinations=
   |                                         ^^^^^^^^^ expected destinations=: the services' own addresses or networks with + between them, such as 10.0.0.5+fd00:1::/64
 "#]]
     );
+}
+
+#[test]
+fn transparent_listeners() {
+    assert_eq!(
+        said_of_instances(
+            "a\t1\t203.0.113.0/24:443\t127.0.0.1\t443\t::1\tlisten=transparent\n\
+             b\t1\t[2001:db8:5::]/64:1000-2000\t-\t3000-4000\t::1\tlisten=transparent\n\
+             c\t1\t203.0.113.0/24:443\t127.0.0.1\t443\t::1\tlisten=transparent,protocol=udp\n\
+             d\t1\t203.0.113.0/24:444-500\t127.0.0.1\t443\t::1\tlisten=transparent\n\
+             e\t1\t203.0.114.9:443\t203.0.114.9\t443\t::1\tlisten=transparent\n\
+             f\t2\t0.0.0.0:8443\t127.0.0.1\t443\t::1\tlisten=transparent\n"
+        ),
+        ""
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t203.0.113.0/24:443\t127.0.0.1\t443\t::1\n\
+             b\t1\t203.0.113.7/24:443\t127.0.0.1\t443\t::1\tlisten=transparent\n\
+             c\t1\tunix:/run/x.sock\t127.0.0.1\t443\t::1\tlisten=transparent\n\
+             d\t1\t192.0.2.9:443\t127.0.0.1\t443\t::1\tlisten=all\n\
+             e\t1\t127.0.0.1:444\t127.0.0.1\t443\t::1\tlisten=transparent\n\
+             f\t1\t0.0.0.0/0:444\t127.0.0.1\t443\t::1\tlisten=transparent\n"
+        ),
+        str![[r#"
+error: 203.0.113.0/24:443 is a network, of which no socket can have more than one address
+ --> /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    203.0.113.0/24:443    127.0.0.1    443    ::1
+  |           ^^^^^^^^^^^^^^^^^^ expected listen=transparent (--listen-transparent), or an address and a port
+
+error: 203.0.113.7/24 has bits set behind its length
+ --> /etc/mmproxy/instances.tsv:2:5
+  |
+2 | b    1    203.0.113.7/24:443    127.0.0.1    443    ::1    listen=transparent
+  |           ^^^^^^^^^^^^^^^^^^ expected 203.0.113.0/24:443
+
+error: nothing is routed to a Unix socket, unix:/run/x.sock
+ --> /etc/mmproxy/instances.tsv:3:5
+  |
+3 | c    1    unix:/run/x.sock    127.0.0.1    443    ::1    listen=transparent
+  |           ^^^^^^^^^^^^^^^^                               ------------------ how it listens
+  |           |
+  |           expected an address or a network, and a port
+
+error: 'all' is not a way to listen
+ --> /etc/mmproxy/instances.tsv:4:44
+  |
+4 | d    1    192.0.2.9:443    127.0.0.1    443    ::1    listen=all
+  |                                                              ^^^ expected transparent, or no listen= (the address is column 3, listen_addr)
+
+error: 127.0.0.1 covers loopback, which is never routed
+ --> /etc/mmproxy/instances.tsv:5:5
+  |
+5 | e    1    127.0.0.1:444    127.0.0.1    443    ::1    listen=transparent
+  |           ^^^^^^^^^^^^^                               ------------------ how it listens
+  |           |
+  |           expected the addresses that are routed to this host, with a port or a range, such as 203.0.113.0/24:443 or [2001:db8:5::]/64:10000-10999, or 0.0.0.0:444 for whatever rules of your own hand over
+
+error: 0.0.0.0/0 is every address there is, this host's own services' too
+ --> /etc/mmproxy/instances.tsv:6:5
+  |
+6 | f    1    0.0.0.0/0:444    127.0.0.1    443    ::1    listen=transparent
+  |           ^^^^^^^^^^^^^ expected the addresses that are routed to this host, with a port or a range, such as 203.0.113.0/24:443 or [2001:db8:5::]/64:10000-10999
+"#]]
+    );
+    assert_data_eq!(
+        said_of_instances(
+            "a\t1\t203.0.113.0/24:400-500\t127.0.0.1\t443\t::1\tlisten=transparent\n\
+             b\t1\t203.0.113.7:443\t127.0.0.1\t443\t::1\n\
+             c\t1\t203.0.113.128/25:500-600\t127.0.0.1\t443\t::1\tlisten=transparent\n\
+             d\t2\t203.0.113.7:443\t127.0.0.1\t443\t::1\tprotocol=udp\n"
+        ),
+        str![[r#"
+error: what is sent to 203.0.113.7:443 (tcp) belongs to another instance as well
+ --> /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    203.0.113.0/24:400-500    127.0.0.1    443    ::1    listen=transparent
+  |           ^^^^^^^^^^^^^^^^^^^^^^ expected addresses or ports of its own
+  |
+ ::: /etc/mmproxy/instances.tsv:2:5
+  |
+2 | b    1    203.0.113.7:443    127.0.0.1    443    ::1
+  |           --------------- the other instance
+
+error: what is sent to 203.0.113.0/24:400-500 (tcp) belongs to another instance as well
+ --> /etc/mmproxy/instances.tsv:3:5
+  |
+3 | c    1    203.0.113.128/25:500-600    127.0.0.1    443    ::1    listen=transparent
+  |           ^^^^^^^^^^^^^^^^^^^^^^^^ expected addresses or ports of its own
+  |
+ ::: /etc/mmproxy/instances.tsv:1:5
+  |
+1 | a    1    203.0.113.0/24:400-500    127.0.0.1    443    ::1    listen=transparent
+  |           ---------------------- the other instance
+"#]]
+    );
+}
+
+#[test]
+fn transparent_listeners_are_the_pathways_affair() {
+    let dir = directory(
+        "1\n2\n",
+        "a\t1\t203.0.113.0/24:443\t127.0.0.1\t443\t::1\tlisten=transparent\n\
+         b\t1\t192.0.2.9:443\t127.0.0.1\t443\t::1\n\
+         c\t2\t0.0.0.0:8443\t127.0.0.1\t443\t::1\tlisten=transparent\n",
+        PROXY,
+    );
+    let read = load_with(dir.path(), None).unwrap();
+    let wanted: Vec<_> = read.pathways[0]
+        .interceptions
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(wanted, ["tcp 203.0.113.0/24:443"]);
+    // a wildcard takes what rules of somebody else's bring
+    assert!(read.pathways[1].interceptions.is_empty());
+    assert_eq!(read.instances[2].listen.to_string(), "0.0.0.0:8443");
 }

@@ -7,13 +7,14 @@ use super::diagnostics::{Diagnostic, Diagnostics};
 use super::instances::Line;
 use super::source::{Source, Word};
 use crate::model::{
-    Family, InstanceName, Listen, ListenRange, Mark, PortRange, Protocol, SocketPath,
+    Family, InstanceName, Listen, ListenNetwork, ListenRange, Mark, PortRange, Protocol, SocketPath,
 };
 
 /// Names, listen addresses and targets of all instances.
 pub(super) fn check(source: &Source, lines: &[Line<'_>], found: &mut Diagnostics) {
     check_names(source, lines, found);
     let listeners = check_listeners(source, lines, found);
+    check_networks(source, lines, found);
     for line in lines {
         check_targets(source, line, &listeners, found);
     }
@@ -125,7 +126,8 @@ fn check_listeners<'l>(
                 paths.entry(path).or_insert(*word);
                 first.map(|first| (first, listen.to_string()))
             }
-            (_, None) => None,
+            // these have rules of their own
+            (Listen::Network(_), _) | (_, None) => None,
             (_, Some(range)) => match listeners.overlapping(line.protocol, range) {
                 Some(first) => Some((first.word, common(range, first.range))),
                 None => {
@@ -167,6 +169,53 @@ fn check_listeners<'l>(
         }
     }
     listeners
+}
+
+/// What is handed to a transparent listener reaches nobody else: neither another one nor a socket on one of
+/// the addresses.
+fn check_networks(source: &Source, lines: &[Line<'_>], found: &mut Diagnostics) {
+    let networks = lines
+        .iter()
+        .enumerate()
+        .filter_map(|(at, line)| match &line.listen {
+            Some((Listen::Network(network), word)) => Some((at, line, *network, *word)),
+            _ => None,
+        });
+    for (at, line, network, word) in networks {
+        let mut others = lines.iter().enumerate().filter(|(other, _)| *other != at);
+        let meets = others.find_map(|(other, theirs)| {
+            let (listen, place) = theirs.listen.as_ref()?;
+            let both_networks = matches!(listen, Listen::Network(_));
+            // said once, at the later one
+            let is_turn = !both_networks || other < at;
+            let meets =
+                theirs.protocol == line.protocol && is_turn && network.overlaps(whole(listen)?);
+            meets.then_some((listen, *place))
+        });
+        if let Some((listen, place)) = meets {
+            found.push(
+                Diagnostic::error(
+                    source.position(word),
+                    format!(
+                        "what is sent to {listen} ({}) belongs to another instance as well",
+                        line.protocol
+                    ),
+                    "addresses or ports of its own",
+                )
+                .with(&source.position(place), "the other instance"),
+            );
+        }
+    }
+}
+
+/// All that a listen address takes, as one network; a wildcard is its own, as no packet is sent there.
+fn whole(listen: &Listen) -> Option<ListenNetwork> {
+    match listen {
+        Listen::Network(network) => Some(*network),
+        _ => listen
+            .ports()
+            .map(|range| ListenNetwork::single(range.ip(), range.ports())),
+    }
 }
 
 /// The ports that two ranges have in common, of those that have any.

@@ -14,7 +14,7 @@ use self::probing::{Job, probe_all};
 use self::routing::{ask, look_at_routing, routes};
 use super::evidence::{Entry, Evidence, Host, Instance, Outcome, Place, Relay, Target};
 use super::{filters, host, listeners};
-use crate::model::{self, PortPolicy, Protocol};
+use crate::model::{self, Listen, PortPolicy, Protocol};
 use crate::pathway::Firewall;
 use crate::pathway::netlink::Netlink;
 
@@ -86,7 +86,11 @@ pub fn gather(asked: &[Asked], asker: &Asker) -> std::io::Result<Evidence> {
         };
         for (at, (asked, instance)) in asked.iter().zip(&mut instances).enumerate() {
             // a Unix socket is nowhere else
-            let listen = asked.instance.listen.ports().map(|range| range.ip());
+            let listen = match asked.instance.listen {
+                // and what is routed here is no address of this host's
+                Listen::Network(_) => None,
+                _ => asked.instance.listen.ports().map(|range| range.ip()),
+            };
             instance.listen_here = match listen {
                 None => true,
                 Some(ip) => ip.is_unspecified() || ask(&netlink, ip).await.is_local(),

@@ -12,8 +12,8 @@ use serde::Serialize;
 
 use super::duration::{self, Written};
 use super::{
-    Answers, Family, Listen, Mark, NamedTargets, PortRange, SocketMode, SocketOwner, TargetAddr,
-    ValueError,
+    Answers, Family, Interception, Listen, Mark, NamedTargets, PortRange, SocketMode, SocketOwner,
+    TargetAddr, ValueError,
 };
 
 /// The name of an instance: `[A-Za-z0-9][A-Za-z0-9._-]*`, which systemd can carry as `mmproxy@NAME`.
@@ -167,6 +167,38 @@ impl FromStr for PortPolicy {
     }
 }
 
+/// How an instance's socket listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ListenMode {
+    /// On addresses of this host's own.
+    #[default]
+    Own,
+    /// On whatever rules of the kernel's hand to it (`IP_TRANSPARENT`, TPROXY).
+    Transparent,
+}
+
+impl ListenMode {
+    /// Whether it is what an instance does that says nothing.
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl FromStr for ListenMode {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text {
+            "transparent" => Ok(Self::Transparent),
+            _ => Err(ValueError::new(
+                format!("'{text}' is not a way to listen"),
+                "transparent, or no listen= (the address is column 3, listen_addr)",
+            )),
+        }
+    }
+}
+
 /// The options of an instance, with every default filled in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct InstanceOptions {
@@ -187,6 +219,9 @@ pub struct InstanceOptions {
     pub allow: Option<PathBuf>,
     /// `listeners=`: sockets that share the listen address (go-mmproxy's `-listeners`); `None` leaves it to the relay.
     pub listeners: Option<NonZeroU32>,
+    /// `listen=`.
+    #[serde(skip_serializing_if = "ListenMode::is_default")]
+    pub listen: ListenMode,
     /// `port=`.
     pub port: PortPolicy,
     /// `max-connections=`; `None` is no limit but the descriptors'.
@@ -236,6 +271,7 @@ impl InstanceOptions {
             connect_timeout: Self::DEFAULT_CONNECT_TIMEOUT,
             allow: None,
             listeners: None,
+            listen: ListenMode::default(),
             port: PortPolicy::default(),
             max_connections: None,
             max_flows: None,
@@ -265,6 +301,7 @@ impl fmt::Display for InstanceOptions {
             connect_timeout,
             allow,
             listeners,
+            listen,
             port,
             max_connections,
             max_flows,
@@ -296,6 +333,9 @@ impl fmt::Display for InstanceOptions {
         }
         if let Some(count) = listeners {
             words.push(format!("listeners={count}"));
+        }
+        if !listen.is_default() {
+            words.push("listen=transparent".to_owned());
         }
         if *port != default.port {
             words.push(format!("port={port}"));
@@ -387,6 +427,18 @@ impl Instance {
                 }
             }
         })
+    }
+
+    /// What the kernel is to hand to its listener; `None` of one that listens on addresses of this host's own,
+    /// and of one that takes what rules of somebody else's hand to it.
+    pub fn interception(&self) -> Option<Interception> {
+        match self.listen {
+            Listen::Network(listen) if !listen.is_anywhere() => Some(Interception {
+                protocol: self.options.protocol,
+                listen,
+            }),
+            _ => None,
+        }
     }
 
     /// How a target with its ports is written.

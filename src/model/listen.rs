@@ -1,4 +1,5 @@
-//! Where an instance accepts: an address and a port, a range of ports, or a Unix socket's path.
+//! Where an instance accepts: an address and a port, a range of ports, a routed network, or a Unix socket's
+//! path.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -8,7 +9,8 @@ use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
-use super::{ListenAddr, ValueError};
+use super::network::of_address;
+use super::{ListenAddr, ListenNetwork, ValueError};
 
 /// Where an instance accepts.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -17,6 +19,8 @@ pub enum Listen {
     Address(ListenAddr),
     /// Every port of a range, of one address.
     Range(ListenRange),
+    /// Whatever is routed to this host for these addresses and ports, by one socket for all of them.
+    Network(ListenNetwork),
     /// A Unix stream socket, for a proxy on the same host.
     Unix(SocketPath),
 }
@@ -25,7 +29,7 @@ impl Listen {
     const EXPECTED: &str = "an address and a port such as 100.64.0.1:2222 or [fd00::1]:2222, a range of \
         ports such as 100.64.0.1:10000-10999, or a Unix socket such as unix:/run/mmproxy/web.sock";
 
-    /// The address and its ports, first and last; none of a Unix socket.
+    /// The address and its ports, first and last, of a network the first address; none of a Unix socket.
     pub fn ports(&self) -> Option<ListenRange> {
         match self {
             Self::Address(addr) => Some(ListenRange {
@@ -33,6 +37,7 @@ impl Listen {
                 last: addr.get().port(),
             }),
             Self::Range(range) => Some(*range),
+            Self::Network(all) => Some(ListenRange::new(all.network().addr(), all.ports())),
             Self::Unix(_) => None,
         }
     }
@@ -41,25 +46,45 @@ impl Listen {
     pub fn has(&self, endpoint: &Endpoint) -> bool {
         match (self, endpoint) {
             (Self::Unix(path), Endpoint::Unix(other)) => path == other,
-            (_, Endpoint::Inet(addr)) => self.ports().is_some_and(|range| {
-                let mut first = *addr;
-                first.set_port(range.first().port());
-                let ports = range.first().port()..=range.last();
-                first == range.first() && ports.contains(&addr.port())
-            }),
+            (Self::Network(all), Endpoint::Transparent(addr)) => all.socket() == *addr,
+            (Self::Address(_) | Self::Range(_), Endpoint::Inet(addr)) => {
+                self.ports().is_some_and(|range| {
+                    let mut first = *addr;
+                    first.set_port(range.first().port());
+                    let ports = range.first().port()..=range.last();
+                    first == range.first() && ports.contains(&addr.port())
+                })
+            }
             _ => false,
         }
     }
 
     /// Each place that has a socket of its own.
     pub fn endpoints(&self) -> impl Iterator<Item = Endpoint> + use<> {
-        let ports = self.ports();
-        let unix = match self {
-            Self::Unix(path) => Some(Endpoint::Unix(path.clone())),
-            Self::Address(_) | Self::Range(_) => None,
+        let (ports, single) = match self {
+            Self::Unix(path) => (None, Some(Endpoint::Unix(path.clone()))),
+            Self::Network(all) => (None, Some(Endpoint::Transparent(all.socket()))),
+            Self::Address(_) | Self::Range(_) => (self.ports(), None),
         };
         let inet = ports.into_iter().flat_map(ListenRange::addrs);
-        inet.map(Endpoint::Inet).chain(unix)
+        inet.map(Endpoint::Inet).chain(single)
+    }
+
+    /// The same for `listen=transparent`: for what is routed here, whether the address is this host's or not.
+    ///
+    /// # Errors
+    /// Where nothing is ever routed there.
+    pub fn transparent(self) -> Result<Self, ValueError> {
+        match (&self, self.ports()) {
+            (Self::Address(_) | Self::Range(_), Some(range)) => {
+                of_address(range.first(), range.ports()).map(Self::Network)
+            }
+            (Self::Unix(_), _) => Err(ValueError::new(
+                format!("nothing is routed to a Unix socket, {self}"),
+                "an address or a network, and a port",
+            )),
+            _ => Ok(self),
+        }
     }
 }
 
@@ -74,6 +99,7 @@ impl fmt::Display for Listen {
         match self {
             Self::Address(addr) => addr.fmt(f),
             Self::Range(range) => range.fmt(f),
+            Self::Network(all) => all.fmt(f),
             Self::Unix(path) => path.fmt(f),
         }
     }
@@ -88,10 +114,14 @@ impl Serialize for Listen {
 impl FromStr for Listen {
     type Err = ValueError;
 
-    /// As [`ListenAddr`] reads it, with `first-last` for the port, or `unix:/path`.
+    /// As [`ListenAddr`] reads it, with `first-last` for the port, as [`ListenNetwork`] where there is a `/`,
+    /// or `unix:/path`.
     fn from_str(text: &str) -> Result<Self, ValueError> {
         if let Some(path) = text.strip_prefix("unix:") {
             return path.parse().map(Self::Unix);
+        }
+        if text.contains('/') {
+            return text.parse().map(Self::Network);
         }
         let (before, port) = text.rsplit_once(':').unwrap_or(("", text));
         let wrong = |problem: String| Err(ValueError::new(problem, Self::EXPECTED));
@@ -141,6 +171,11 @@ impl PortRange {
         self.last
     }
 
+    /// Whether a port is one of them.
+    pub fn contains(self, port: u16) -> bool {
+        (self.first..=self.last).contains(&port)
+    }
+
     /// How many ports; at least one.
     pub fn count(self) -> u32 {
         u32::from(self.last - self.first) + 1
@@ -182,7 +217,7 @@ impl FromStr for PortRange {
                     EXPECTED,
                 )
             }),
-            _ if text.contains('-') => Err(ValueError::new(
+            _ if text.contains('-') && text != "-" => Err(ValueError::new(
                 format!("'{text}' is not a range of ports"),
                 EXPECTED,
             )),
@@ -314,6 +349,8 @@ impl FromStr for SocketPath {
 pub enum Endpoint {
     /// An address and a port.
     Inet(SocketAddr),
+    /// An address and a port that need not be this host's, of a socket that others can be handed to.
+    Transparent(SocketAddr),
     /// A Unix socket.
     Unix(SocketPath),
 }
@@ -322,7 +359,7 @@ impl Endpoint {
     /// The port; 0 of a Unix socket.
     pub fn port(&self) -> u16 {
         match self {
-            Self::Inet(addr) => addr.port(),
+            Self::Inet(addr) | Self::Transparent(addr) => addr.port(),
             Self::Unix(_) => 0,
         }
     }
@@ -331,7 +368,7 @@ impl Endpoint {
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Inet(addr) => addr.fmt(f),
+            Self::Inet(addr) | Self::Transparent(addr) => addr.fmt(f),
             Self::Unix(path) => path.fmt(f),
         }
     }
@@ -371,7 +408,7 @@ mod tests {
             ("10.0.0.1:0-8", "'0-8' is not a range of ports"),
             ("10.0.0.1:1-65536", "'1-65536' is not a range of ports"),
             ("10.0.0.1:1-2-3", "'1-2-3' is not a range of ports"),
-            ("10.0.0.1:-", "'-' is not a range of ports"),
+            ("10.0.0.1:-", "'-' is not a port"),
             ("10.0.0.1:+1-3", "'+1-3' is not a range of ports"),
             ("nobody:1-3", "'nobody:1-3' is not a listen address"),
             (

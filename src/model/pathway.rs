@@ -8,7 +8,7 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::{InstanceName, ValueError};
+use super::{InstanceName, Interception, ValueError};
 
 /// A firewall mark (`SO_MARK`, fwmark of `ip rule`), never 0: 0 means "unmarked" to the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -230,6 +230,10 @@ impl FromStr for ConnmarkMode {
     }
 }
 
+/// The bit that tells packets handed to transparent listeners: none that Tailscale (0xff0000), kube-proxy
+/// (0x4000, 0x8000), wg-quick (0xca6c) or a pathway with a mark up to 255 looks at.
+pub const TRANSPARENT_MARK: u32 = 0x2000;
+
 /// A pathway as wanted: what the kernel shall hold for one mark.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Pathway {
@@ -251,6 +255,9 @@ pub struct Pathway {
     /// The instances that use the mark for UDP.
     #[serde(skip)]
     pub udp: BTreeSet<InstanceName>,
+    /// What is handed to the transparent listeners of the instances that use the mark.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub interceptions: BTreeSet<Interception>,
 }
 
 impl Pathway {
@@ -265,7 +272,18 @@ impl Pathway {
             connmark: ConnmarkMode::default(),
             targets: BTreeSet::new(),
             udp: BTreeSet::new(),
+            interceptions: BTreeSet::new(),
         })
+    }
+
+    /// Which bits of the mark tell packets that are handed to transparent listeners, which have
+    /// [`TRANSPARENT_MARK`].
+    ///
+    /// Not the pathway's own mark: the relay's connections carry that, and where they go to an address that
+    /// is intercepted as well (a proxy in line before the services), they would come back here. The mask has
+    /// the pathway's bits, so that what carries its mark never matches.
+    pub fn transparent_mask(&self) -> Mask {
+        Mask(self.mask.0 | TRANSPARENT_MARK)
     }
 
     /// Whether CONNMARK rules are wanted for the targets as they are.

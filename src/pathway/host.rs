@@ -352,7 +352,10 @@ impl Host {
         }
         let served = self.served(pathways, backend, &mut notes)?;
         let facts = self.facts(pathways, served, backend).await?;
-        let any_lines = || pathways.iter().any(|pathway| wants_lines(pathway, &facts));
+        let any_lines = || {
+            let mut all = pathways.iter();
+            all.any(|one| wants_lines(one, &facts) || !one.interceptions.is_empty())
+        };
         if self.goal == Goal::Add && any_lines() {
             self.firewalls.require(backend, Family::V4)?;
         }
@@ -366,7 +369,9 @@ impl Host {
         backend: Backend,
         notes: &mut Vec<String>,
     ) -> Result<Vec<Family>, Error> {
-        let connmark = |pathway: &Pathway| pathway.connmark != ConnmarkMode::Off;
+        let connmark = |pathway: &Pathway| {
+            pathway.connmark != ConnmarkMode::Off || !pathway.interceptions.is_empty()
+        };
         // the kernel asks the interface's own switch, and `all` writes through to it
         let why = if !self.families.contains(&Family::V6) {
             "this kernel runs without IPv6".to_owned()

@@ -112,6 +112,7 @@ fn is_left(rule: &Rule, present: &Present, known: &Known) -> bool {
     let from_loopback = rule.iif_lo && rule.source.trunc() == loopback(rule.family).trunc();
     // "fwmark M lookup T" alone may be anybody's: only with a mark that the old set-up used
     let by_mark = !rule.iif_lo
+        && rule.to.is_none()
         && rule.source.prefix_len() == 0
         && rule
             .mark

@@ -25,7 +25,7 @@ use tokio::task::JoinHandle;
 
 use crate::model::Family;
 
-use super::piece::{FoundRoute, Route, Rule};
+use super::piece::{FoundRoute, PROTOCOL, Route, Rule};
 
 mod survey;
 
@@ -406,6 +406,12 @@ fn rule_message(rule: &Rule) -> RuleMessage {
         RuleAttribute::Table(rule.table),
         RuleAttribute::Protocol(RouteProtocol::from(rule.protocol)),
     ];
+    if let Some(to) = rule.to {
+        message.header.dst_len = to.prefix_len();
+        message
+            .attributes
+            .push(RuleAttribute::Destination(to.addr()));
+    }
     if let Some((mark, mask)) = rule.mark {
         message.attributes.push(RuleAttribute::FwMark(mark));
         message.attributes.push(RuleAttribute::FwMask(mask));
@@ -434,7 +440,7 @@ pub(super) fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, 
     }
     let other = Err(Some(table));
     // the flags say "not" or that an interface is missing; the latter does not change what is meant
-    if header.dst_len != 0 || header.tos != 0 || header.flags.contains(RuleFlags::Invert) {
+    if header.tos != 0 || header.flags.contains(RuleFlags::Invert) {
         return other;
     }
     let any = match family {
@@ -442,12 +448,13 @@ pub(super) fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, 
         Family::V6 => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
     };
     let (mut priority, mut protocol, mut source, mut iif_lo) = (0, 0, any, false);
-    let (mut mark, mut mask) = (None, None);
+    let (mut mark, mut mask, mut to) = (None, None, None);
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(value) => priority = *value,
             RuleAttribute::Protocol(value) => protocol = u8::from(*value),
             RuleAttribute::Source(value) => source = *value,
+            RuleAttribute::Destination(value) => to = IpNet::new(*value, header.dst_len).ok(),
             RuleAttribute::Iifname(name) if name == "lo" => iif_lo = true,
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = Some(*value),
@@ -461,10 +468,15 @@ pub(super) fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, 
     let Ok(source) = IpNet::new(source, header.src_len) else {
         return other;
     };
+    // with a destination, only our own are of a shape that means something here
+    if (to.is_some() || header.dst_len != 0) && protocol != PROTOCOL {
+        return other;
+    }
     Ok(Rule {
         family,
         priority,
         source,
+        to,
         mark: match (mark, mask) {
             (None, None) => None,
             (mark, mask) => Some((mark.unwrap_or(0), mask.unwrap_or(u32::MAX))),

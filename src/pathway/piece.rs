@@ -35,6 +35,8 @@ pub struct Rule {
     pub priority: u32,
     /// `from`.
     pub source: IpNet,
+    /// `to`; `None` matches every destination.
+    pub to: Option<IpNet>,
     /// Mark and mask; `None` matches every packet.
     pub mark: Option<(u32, u32)>,
     /// Whether only packets of this host's own match (`iif lo`).
@@ -51,6 +53,13 @@ impl Rule {
         self.protocol == PROTOCOL
     }
 
+    /// The mark of the pathway that it is for, as far as it tells: what a rule with a destination matches is
+    /// the same bit for all pathways.
+    pub(crate) fn pathway_mark(&self) -> Option<u32> {
+        let (mark, _) = self.mark.filter(|_| self.to.is_none())?;
+        Some(mark)
+    }
+
     /// Whether two rules send the same packets to the same table, wherever they stand and whoever
     /// made them. Masks count as the same when both look at every bit of the same mark.
     pub(crate) fn means(&self, other: &Self) -> bool {
@@ -64,6 +73,7 @@ impl Rule {
         marks
             && self.family == other.family
             && self.source.trunc() == other.source.trunc()
+            && self.to == other.to
             && self.iif_lo == other.iif_lo
             && self.table == other.table
     }
@@ -71,7 +81,12 @@ impl Rule {
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "priority {} from {}", self.priority, self.source)?;
+        write!(f, "priority {}", self.priority)?;
+        match self.to {
+            Some(to) if self.source.prefix_len() == 0 => write!(f, " to {to}")?,
+            Some(to) => write!(f, " from {} to {to}", self.source)?,
+            None => write!(f, " from {}", self.source)?,
+        }
         match self.mark {
             Some((mark, u32::MAX)) => write!(f, " fwmark {mark:#x}")?,
             Some((mark, mask)) => write!(f, " fwmark {mark:#x}/{mask:#x}")?,
@@ -126,6 +141,14 @@ pub enum FoundRoute {
         /// What it is, for a message.
         text: String,
     },
+}
+
+/// Every address of a family.
+pub(crate) fn anywhere(family: Family) -> IpNet {
+    match family {
+        Family::V4 => IpNet::V4(ipnet::Ipv4Net::default()),
+        Family::V6 => IpNet::V6(ipnet::Ipv6Net::default()),
+    }
 }
 
 /// 127.0.0.0/8 or ::1, the source of every pathway's loopback rules.

@@ -101,7 +101,9 @@ pub struct Plan {
 pub fn tables(pathways: &[Pathway], rules: &BTreeSet<Rule>) -> BTreeMap<Mark, BTreeSet<u32>> {
     let mut by_mark = BTreeMap::<u32, BTreeSet<u32>>::new();
     let mut by_table = BTreeMap::<u32, BTreeSet<u32>>::new();
-    for rule in rules.iter().filter(|rule| rule.is_ours()) {
+    // the mark of rules with a destination is no pathway's
+    let of_pathways = |rule: &&Rule| rule.is_ours() && rule.to.is_none();
+    for rule in rules.iter().filter(of_pathways) {
         if let Some((mark, _)) = rule.mark {
             by_mark.entry(mark).or_default().insert(rule.table);
             by_table.entry(rule.table).or_default().insert(mark);
@@ -126,7 +128,7 @@ pub fn tables(pathways: &[Pathway], rules: &BTreeSet<Rule>) -> BTreeMap<Mark, BT
 /// The tables whose routes must be read before planning: those of [`tables`], and where the scripts'
 /// rules still stand, the one named like the mark.
 pub fn tables_to_read(pathways: &[Pathway], rules: &BTreeSet<Rule>) -> BTreeSet<u32> {
-    let by_mark = index(rules, |rule| rule.mark.map(|(mark, _)| mark));
+    let by_mark = index(rules, Rule::pathway_mark);
     let scripts = pathways.iter().filter_map(|pathway| {
         let mark = pathway.mark.get();
         by_mark
@@ -152,7 +154,7 @@ pub fn plan(goal: Goal, pathways: &[Pathway], facts: &Facts, present: &Present) 
         wanted: &wanted,
         tables: tables(pathways, &present.rules),
         by_table: index(&present.rules, |rule| Some(rule.table)),
-        by_mark: index(&present.rules, |rule| rule.mark.map(|(mark, _)| mark)),
+        by_mark: index(&present.rules, Rule::pathway_mark),
         destination: pathways
             .iter()
             .map(|pathway| (pathway.mark, pathway.table.get()))
@@ -206,7 +208,7 @@ pub fn plan(goal: Goal, pathways: &[Pathway], facts: &Facts, present: &Present) 
     // killed here leaves nothing that the next one cannot attribute. A rule that finds its table
     // empty hands on to the next, which by now is the new one.
     let place = |change: &Change| match &change.command {
-        Step::DelRule(rule) if rule.mark.is_none() => 0,
+        Step::DelRule(rule) if rule.pathway_mark().is_none() => 0,
         Step::DelRoute(_) => 1,
         _ => 2,
     };

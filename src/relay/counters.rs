@@ -66,6 +66,8 @@ kinds! {
         ClientLinkLocal = "client-link-local",
         /// The instance has no target of the client's family.
         FamilyNotServed = "family-not-served",
+        /// Rules that are not this program's handed it over from a port that no target port belongs to.
+        PortNotServed = "port-not-served",
         /// The destination in the header is in none of `destinations=`.
         DestinationRefused = "destination-refused",
     }

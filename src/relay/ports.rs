@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::Endpoint;
+use crate::model::{Endpoint, PortRange};
 use crate::socket::stream::StreamListener;
 
 /// A port and what came to it.
@@ -26,8 +26,14 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    /// For the ports of these listeners.
-    pub(super) fn of(listeners: &[Arc<StreamListener>]) -> io::Result<Self> {
+    /// For the ports of these listeners, and those that one transparent listener gets connections for.
+    pub(super) fn of(
+        listeners: &[Arc<StreamListener>],
+        intercepted: Option<PortRange>,
+    ) -> io::Result<Self> {
+        if let Some(ports) = intercepted {
+            return Ok(Self::from_ports(&[ports.first(), ports.last()]));
+        }
         let mut ports = Vec::with_capacity(listeners.len());
         for listener in listeners {
             if let Endpoint::Inet(addr) = listener.endpoint()? {

@@ -222,7 +222,7 @@ impl Limiter {
     ) {
         let endpoint = listener.endpoint().ok();
         let about = match &endpoint {
-            Some(Endpoint::Inet(addr)) => addr.ip(),
+            Some(Endpoint::Inet(addr) | Endpoint::Transparent(addr)) => addr.ip(),
             _ => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         };
         let listen = endpoint.map(display);
@@ -385,6 +385,9 @@ pub(super) fn refused_client(refusal: Refusal, family: Family, named: &NamedTarg
                 );
             }
             return format!("refused: the instance has no {family} target for this client");
+        }
+        Refusal::PortNotServed => {
+            "refused: rules handed it over from a port outside of the listen address's range"
         }
         other => return format!("refused: {}", other.name()),
     }

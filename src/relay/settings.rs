@@ -9,8 +9,8 @@ use ipnet::IpNet;
 
 use super::counters::Refusal;
 use crate::model::{
-    AllowList, ClientAddr, Family, Instance, InstanceName, InstanceOptions, Mark, NamedTargets,
-    PortPolicy, TargetAddr, TargetPorts,
+    AllowList, ClientAddr, Family, Instance, InstanceName, InstanceOptions, Listen, Mark,
+    NamedTargets, PortPolicy, PortRange, TargetAddr, TargetPorts,
 };
 
 /// How one relay treats its connections.
@@ -28,9 +28,11 @@ pub struct Settings {
     pub destinations: Option<Arc<[IpNet]>>,
     /// The targets that are names, for the message about one that has no address yet.
     pub named: NamedTargets,
-    /// Where a range of ports is listened on and each goes to a port of its own: the first of the listener's,
+    /// Where a range of ports is listened on and each goes to a port of its own: the listener's, the first of
     /// which stands for the targets' ports as they are here.
-    pub first_port: Option<u16>,
+    pub parallel: Option<PortRange>,
+    /// The ports that one transparent listener gets connections and datagrams for.
+    pub intercepted: Option<PortRange>,
     /// The proxies that are believed; not asked about a process behind a Unix socket, whose file's permissions
     /// let it in.
     pub allow: Arc<AllowList>,
@@ -70,9 +72,13 @@ impl Settings {
             target6: instance.target(Family::V6),
             destinations: instance.options.destinations.as_deref().map(Arc::from),
             named: instance.named.clone(),
-            first_port: match instance.target_ports {
+            parallel: match instance.target_ports {
                 TargetPorts::One => None,
-                TargetPorts::Parallel => instance.listen.ports().map(|range| range.first().port()),
+                TargetPorts::Parallel => instance.listen.ports().map(|range| range.ports()),
+            },
+            intercepted: match instance.listen {
+                Listen::Network(all) => Some(all.ports()),
+                _ => None,
             },
             allow,
             header_timeout,
@@ -92,6 +98,9 @@ impl Settings {
         port: u16,
     ) -> Result<TargetAddr, Refusal> {
         let Some(allowed) = &self.destinations else {
+            if self.parallel.is_some_and(|ports| !ports.contains(port)) {
+                return Err(Refusal::PortNotServed);
+            }
             let target = self.target_at(client.family(), port);
             return target.ok_or(Refusal::FamilyNotServed);
         };
@@ -114,12 +123,13 @@ impl Settings {
     /// Where clients of a family go that came to this port.
     pub fn target_at(&self, family: Family, port: u16) -> Option<TargetAddr> {
         let target = self.target(family)?;
-        let Some(first) = self.first_port else {
+        let Some(ports) = self.parallel else {
             return Some(target);
         };
         let mut addr = target.get();
         // both ranges are of one length and end within the ports there are
-        addr.set_port(addr.port().saturating_add(port.saturating_sub(first)));
+        let offset = port.saturating_sub(ports.first());
+        addr.set_port(addr.port().saturating_add(offset));
         Some(TargetAddr::new(addr))
     }
 

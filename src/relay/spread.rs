@@ -9,14 +9,13 @@
 //! grows with them, and handing over becomes rare. Where connections come and go within the second, the
 //! next ones even it out by themselves, and handing over, a wake-up of another thread each, would only cost.
 
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::mpsc;
 
 use super::counters::Counters;
-use crate::model::ProxyAddr;
+use crate::socket::stream::Taken;
 
 /// By what part of the least busy worker's connections another may have more.
 const ALLOWANCE: u64 = 4;
@@ -30,16 +29,6 @@ pub(super) enum Turnover {
     Fast,
 }
 
-/// A connection just accepted: registered with no event loop, nothing read.
-#[derive(Debug)]
-pub(super) struct Accepted {
-    /// Non-blocking.
-    pub(super) socket: TcpStream,
-    pub(super) peer: ProxyAddr,
-    /// The port that it came to; 0 on a Unix socket.
-    pub(super) port: u16,
-}
-
 /// Where each worker of a relay gets connections from the others.
 #[derive(Debug)]
 pub(super) struct Spread {
@@ -47,12 +36,12 @@ pub(super) struct Spread {
 }
 
 /// What a worker gets from the others. Nothing more comes once it is closed and empty.
-pub(super) type Arrivals = mpsc::UnboundedReceiver<Accepted>;
+pub(super) type Arrivals = mpsc::UnboundedReceiver<Taken>;
 
 #[derive(Debug)]
 struct Share {
     counters: Arc<Counters>,
-    door: mpsc::UnboundedSender<Accepted>,
+    door: mpsc::UnboundedSender<Taken>,
     /// On their way to this worker; the accepting workers add to it, unlike to its counters.
     coming: AtomicU64,
 }
@@ -100,7 +89,7 @@ impl Spread {
     }
 
     /// Gives a connection to a worker; gives it back where that one takes nothing any more.
-    pub(super) fn send(&self, to: usize, accepted: Accepted) -> Result<(), Accepted> {
+    pub(super) fn send(&self, to: usize, accepted: Taken) -> Result<(), Taken> {
         let share = &self.shares[to];
         share.coming.fetch_add(1, Ordering::Relaxed);
         share.door.send(accepted).map_err(|refused| {
@@ -117,13 +106,16 @@ impl Spread {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpStream;
+
     use super::*;
+    use crate::model::ProxyAddr;
     use std::net::TcpListener;
 
-    fn accepted(listener: &TcpListener) -> Accepted {
+    fn accepted(listener: &TcpListener) -> Taken {
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (socket, peer) = listener.accept().unwrap();
-        Accepted {
+        Taken {
             socket,
             peer: ProxyAddr::new(peer),
             port: 0,

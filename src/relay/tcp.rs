@@ -86,7 +86,7 @@ impl Server {
         for (number, listener) in listeners.iter().enumerate() {
             shares[number % chosen.len()].push(Arc::clone(listener));
         }
-        let ports = Ports::of(&listeners).map_err(Error::Start)?;
+        let ports = Ports::of(&listeners, settings.intercepted).map_err(Error::Start)?;
         let counters: Vec<Arc<Counters>> = chosen.iter().map(|_| Arc::default()).collect();
         let (spread, arrivals) = Spread::new(&counters);
         let (report, ended) = mpsc::unbounded_channel();

@@ -169,7 +169,8 @@ impl Server {
             shares[number % chosen.len()].push(Arc::clone(listener));
         }
         let ports = listeners.iter().map(|one| Ok(one.local_addr()?.port()));
-        let ports: Vec<u16> = ports.collect::<io::Result<_>>().map_err(Error::Start)?;
+        let mut ports: Vec<u16> = ports.collect::<io::Result<_>>().map_err(Error::Start)?;
+        ports.extend(settings.intercepted.map(|ports| ports.last()));
         let registry = Registry::new(chosen.len()).map_err(|errno| Error::Start(errno.into()))?;
         let (report, ended) = mpsc::unbounded_channel();
         let mut server = Self {

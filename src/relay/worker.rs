@@ -26,12 +26,12 @@ use super::registry::{Entry, Registry};
 use super::report::{self, LastError, Limiter, Subject};
 use super::settings::Settings;
 use super::setup::{self, Begun, Slow};
-use super::spread::{Accepted, Spread, Turnover};
+use super::spread::{Spread, Turnover};
 use super::view::{Ask, Query, Reason};
 use super::workers::Shared;
 use crate::model::ProxyAddr;
 use crate::socket;
-use crate::socket::stream::Acceptor;
+use crate::socket::stream::{Acceptor, Taken};
 
 /// After how many accepts in a row the connections get their turn.
 const ACCEPTS_PER_TURN: u32 = 32;
@@ -116,7 +116,7 @@ impl Worker {
     }
 
     /// Takes a connection that another worker handed over.
-    pub(super) fn take_over(self: &Rc<Self>, accepted: Accepted) {
+    pub(super) fn take_over(self: &Rc<Self>, accepted: Taken) {
         self.common.spread.arrived(self.number);
         adopt(self, accepted);
     }
@@ -165,7 +165,6 @@ impl Worker {
 ///
 /// Cancel-safe: a connection is taken off the queue and spawned, or handed over, without a wait between.
 pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<Acceptor>) -> io::Error {
-    let port = listener.port();
     let mut pause = FIRST_PAUSE;
     loop {
         let mut ready = match listener.ready().await {
@@ -176,9 +175,9 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<Acceptor>) -> i
         while taken < ACCEPTS_PER_TURN {
             taken += 1;
             let error = match ready.accept() {
-                Some(Ok((socket, peer))) => {
+                Some(Ok(accepted)) => {
                     pause = FIRST_PAUSE;
-                    deal(&worker, Accepted { socket, peer, port });
+                    deal(&worker, accepted);
                     continue;
                 }
                 Some(Err(error)) => error,
@@ -214,10 +213,9 @@ pub(super) async fn accept_from(worker: Rc<Worker>, listener: Rc<Acceptor>) -> i
 /// Takes what the kernel has completed already, before the listener is closed: it would reset them.
 /// Never waits.
 pub(super) fn take_queue(worker: &Rc<Worker>, listener: &Acceptor) {
-    let port = listener.port();
     loop {
         match listener.accept_now() {
-            Ok((socket, peer)) => deal(worker, Accepted { socket, peer, port }),
+            Ok(accepted) => deal(worker, accepted),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) if Trouble::of(&error) == Trouble::Connection => {}
             Err(error) => {
@@ -253,7 +251,7 @@ impl Trouble {
 }
 
 /// Gives a connection to the worker that has the least to do, which is this one nearly always.
-fn deal(worker: &Rc<Worker>, accepted: Accepted) {
+fn deal(worker: &Rc<Worker>, accepted: Taken) {
     let spread = &worker.common.spread;
     let kept = match spread.elsewhere(worker.number, worker.turnover()) {
         None => Some(accepted),
@@ -265,8 +263,8 @@ fn deal(worker: &Rc<Worker>, accepted: Accepted) {
     }
 }
 
-fn adopt(worker: &Rc<Worker>, accepted: Accepted) {
-    let Accepted { socket, peer, port } = accepted;
+fn adopt(worker: &Rc<Worker>, accepted: Taken) {
+    let Taken { socket, peer, port } = accepted;
     let proxy = peer;
     worker.counters.accepted.add(1);
     worker.common.ports.count(port);

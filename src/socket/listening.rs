@@ -10,10 +10,10 @@ use nix::errno::Errno;
 use socket2::{Domain, Socket, Type};
 
 use super::stream::StreamListener;
-use super::udp::{one_more_udp_listener, udp_listeners};
+use super::udp::{self, one_more_udp_listener};
 use super::unix::unix_listener;
-use super::{Failure, adopt_listener, sharing_listener, tcp_listeners};
-use crate::model::{Endpoint, InstanceOptions, ListenAddr, Protocol, SocketMode};
+use super::{Failure, Reach, adopt_listener, listeners, sharing_listener};
+use crate::model::{Endpoint, InstanceOptions, Protocol, SocketMode};
 
 /// A bound socket.
 #[derive(Debug)]
@@ -53,18 +53,19 @@ impl Listening {
             endpoint: endpoint.clone(),
             failure,
         };
-        let addr = match endpoint {
+        let (addr, reach) = match endpoint {
             Endpoint::Unix(path) => {
                 let mode = options.socket_mode.unwrap_or(SocketMode::DEFAULT);
                 let listener =
                     unix_listener(path, mode, options.socket_owner.as_ref()).map_err(fail)?;
                 return Ok((vec![Self::Stream(StreamListener::Unix(listener))], false));
             }
-            Endpoint::Inet(addr) => ListenAddr::new(*addr),
+            Endpoint::Inet(addr) => (*addr, Reach::Own),
+            Endpoint::Transparent(addr) => (*addr, Reach::Transparent),
         };
         Ok(match options.protocol {
             Protocol::Tcp => {
-                let bound = tcp_listeners(addr, count).map_err(|error| fail(error.into()))?;
+                let bound = listeners(addr, reach, count).map_err(fail)?;
                 let sockets = bound
                     .sockets
                     .into_iter()
@@ -72,7 +73,7 @@ impl Listening {
                 (sockets.collect(), bound.address_missing)
             }
             Protocol::Udp => {
-                let bound = udp_listeners(addr, count).map_err(|error| fail(error.into()))?;
+                let bound = udp::listeners(addr, reach, count).map_err(fail)?;
                 let sockets = bound.sockets.into_iter().map(Self::Udp);
                 (sockets.collect(), bound.address_missing)
             }
@@ -128,9 +129,17 @@ impl Listening {
             .map_err(Failure::at("read the bound address"))?;
         let own = match (self, endpoint) {
             (Self::Udp(_), Endpoint::Inet(addr)) => {
-                return Ok(Self::Udp(one_more_udp_listener(addr)?));
+                return Ok(Self::Udp(one_more_udp_listener(addr, Reach::Own)?));
             }
-            (Self::Stream(StreamListener::Tcp(_)), Endpoint::Inet(addr)) => sharing_listener(addr),
+            (Self::Udp(_), Endpoint::Transparent(addr)) => {
+                return Ok(Self::Udp(one_more_udp_listener(addr, Reach::Transparent)?));
+            }
+            (Self::Stream(StreamListener::Tcp(_)), Endpoint::Inet(addr)) => {
+                sharing_listener(addr, Reach::Own)
+            }
+            (Self::Stream(StreamListener::Tcp(_)), Endpoint::Transparent(addr)) => {
+                sharing_listener(addr, Reach::Transparent)
+            }
             // its file has one socket
             _ => Err(Failure::at("bind")(io::Error::from_raw_os_error(
                 libc::EADDRINUSE,
@@ -154,7 +163,10 @@ impl Listening {
     pub fn place(&self) -> io::Result<Place> {
         Ok(match self {
             Self::Stream(listener) => (Protocol::Tcp, listener.endpoint()?),
-            Self::Udp(socket) => (Protocol::Udp, Endpoint::Inet(socket.local_addr()?)),
+            Self::Udp(socket) => {
+                let addr = socket.local_addr()?;
+                (Protocol::Udp, Reach::of(socket, addr)?.at(addr))
+            }
         })
     }
 }

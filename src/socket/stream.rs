@@ -16,6 +16,7 @@ use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
+use super::Reach;
 use crate::model::{Endpoint, ProxyAddr, SocketPath};
 
 /// A listening stream socket, non-blocking.
@@ -34,7 +35,10 @@ impl StreamListener {
     /// When the kernel does not tell, or the socket has no path.
     pub fn endpoint(&self) -> io::Result<Endpoint> {
         match self {
-            Self::Tcp(listener) => Ok(Endpoint::Inet(listener.local_addr()?)),
+            Self::Tcp(listener) => {
+                let addr = listener.local_addr()?;
+                Ok(Reach::of(listener, addr)?.at(addr))
+            }
             Self::Unix(listener) => {
                 let addr = listener.local_addr()?;
                 let path = addr
@@ -77,7 +81,16 @@ impl AsFd for StreamListener {
 #[derive(Debug)]
 pub struct Acceptor {
     watched: AsyncFd<Shared>,
-    port: u16,
+    port: ToPort,
+}
+
+/// Which port connections came to.
+#[derive(Debug, Clone, Copy)]
+enum ToPort {
+    /// The listener's own.
+    Own(u16),
+    /// Each its own: rules hand those of many ports to one listener.
+    Varies,
 }
 
 #[derive(Debug)]
@@ -95,7 +108,10 @@ impl Acceptor {
     /// # Errors
     /// When it cannot be watched, or the kernel does not tell its port.
     pub fn new(listener: Arc<StreamListener>) -> io::Result<Self> {
-        let port = listener.endpoint()?.port();
+        let port = match listener.endpoint()? {
+            Endpoint::Transparent(_) => ToPort::Varies,
+            endpoint => ToPort::Own(endpoint.port()),
+        };
         // SAFETY: the AsyncFd shares the listener's ownership, whose descriptor therefore stays open under the
         // same number for as long as it is registered; nothing can replace it behind the Arc
         #[expect(
@@ -110,11 +126,6 @@ impl Acceptor {
         })
     }
 
-    /// The port it listens on; 0 of a Unix socket.
-    pub fn port(&self) -> u16 {
-        self.port
-    }
-
     /// The listener.
     pub fn listener(&self) -> &StreamListener {
         &self.watched.get_ref().0
@@ -124,8 +135,8 @@ impl Acceptor {
     ///
     /// # Errors
     /// As `accept(2)`.
-    pub fn accept_now(&self) -> io::Result<(TcpStream, ProxyAddr)> {
-        accept(self.listener())
+    pub fn accept_now(&self) -> io::Result<Taken> {
+        accept(self.listener(), self.port)
     }
 
     /// Waits until there may be connections. Cancel-safe.
@@ -133,24 +144,44 @@ impl Acceptor {
     /// # Errors
     /// When the event loop ends.
     pub async fn ready(&self) -> io::Result<Ready<'_>> {
-        Ok(Ready(self.watched.readable().await?))
+        Ok(Ready {
+            guard: self.watched.readable().await?,
+            port: self.port,
+        })
     }
+}
+
+/// A connection that was taken off its listener.
+#[derive(Debug)]
+pub struct Taken {
+    /// Non-blocking, registered with no event loop.
+    pub socket: TcpStream,
+    /// Its sender.
+    pub peer: ProxyAddr,
+    /// The port it came to; 0 on a Unix socket.
+    pub port: u16,
 }
 
 /// There may be connections.
 #[derive(Debug)]
-pub struct Ready<'a>(AsyncFdReadyGuard<'a, Shared>);
+pub struct Ready<'a> {
+    guard: AsyncFdReadyGuard<'a, Shared>,
+    port: ToPort,
+}
 
 impl Ready<'_> {
     /// Takes one: non-blocking, registered with no event loop, with its sender. `None` when all are taken;
     /// then it is time to wait again.
-    pub fn accept(&mut self) -> Option<io::Result<(TcpStream, ProxyAddr)>> {
-        self.0.try_io(|shared| accept(&shared.get_ref().0)).ok()
+    pub fn accept(&mut self) -> Option<io::Result<Taken>> {
+        let port = self.port;
+        self.guard
+            .try_io(|shared| accept(&shared.get_ref().0, port))
+            .ok()
     }
 }
 
 /// Takes one connection off a listener.
-fn accept(listener: &StreamListener) -> io::Result<(TcpStream, ProxyAddr)> {
+fn accept(listener: &StreamListener, port: ToPort) -> io::Result<Taken> {
     let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     let (socket, peer) = SockRef::from(listener).accept4(flags)?;
     let peer = match peer.as_socket() {
@@ -162,5 +193,11 @@ fn accept(listener: &StreamListener) -> io::Result<(TcpStream, ProxyAddr)> {
             ProxyAddr::Local(pid)
         }
     };
-    Ok((TcpStream::from(OwnedFd::from(socket)), peer))
+    let socket = TcpStream::from(OwnedFd::from(socket));
+    let port = match port {
+        ToPort::Own(port) => port,
+        // its own address is where the proxy sent it to
+        ToPort::Varies => socket.local_addr()?.port(),
+    };
+    Ok(Taken { socket, peer, port })
 }

@@ -12,7 +12,7 @@ use nix::sys::socket::{SetSockOpt, setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
 use super::{
-    Failure, ListenError, Locality, Sharing, Spoof, SpoofError, locality, set_transparent,
+    Failure, ListenError, Locality, Reach, Sharing, Spoof, SpoofError, locality, set_transparent,
 };
 use crate::model::{Family, ListenAddr, PortPolicy, TargetAddr};
 
@@ -40,24 +40,27 @@ pub struct UdpListeners {
 /// # Errors
 /// When the address is in use, also by another program that set `SO_REUSEPORT`, or cannot be bound.
 pub fn udp_listeners(addr: ListenAddr, count: NonZeroUsize) -> Result<UdpListeners, ListenError> {
-    let fail = ListenError::on(addr);
+    listeners(addr.get(), Reach::Own, count).map_err(ListenError::on(addr))
+}
+
+pub(super) fn listeners(
+    addr: SocketAddr,
+    reach: Reach,
+    count: NonZeroUsize,
+) -> Result<UdpListeners, Failure> {
     // bound without SO_REUSEPORT, with which a second program would silently get half of the datagrams, and
     // shared only then
-    let (first, address_missing) = bound_socket(addr.get(), Sharing::Exclusive).map_err(&fail)?;
+    let (first, address_missing) = bound_socket(addr, reach, Sharing::Exclusive)?;
     let bound = first
         .local_addr()
-        .map_err(Failure::at("read the bound address"))
-        .map_err(&fail)?;
+        .map_err(Failure::at("read the bound address"))?;
     SockRef::from(&first)
         .set_reuse_port(true)
-        .map_err(Failure::at("set SO_REUSEPORT"))
-        .map_err(&fail)?;
-    let others =
-        (1..count.get()).map(|_| bound_socket(bound, Sharing::ReusePort).map(|(socket, _)| socket));
+        .map_err(Failure::at("set SO_REUSEPORT"))?;
+    let others = (1..count.get()).map(|_| one_more_udp_listener(bound, reach));
     let sockets = std::iter::once(Ok(first))
         .chain(others)
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(&fail)?;
+        .collect::<Result<Vec<_>, _>>()?;
     Ok(UdpListeners {
         sockets,
         address_missing,
@@ -65,11 +68,15 @@ pub fn udp_listeners(addr: ListenAddr, count: NonZeroUsize) -> Result<UdpListene
 }
 
 /// One more on an address that others of this user share with `SO_REUSEPORT`.
-pub(super) fn one_more_udp_listener(addr: SocketAddr) -> Result<UdpSocket, Failure> {
-    bound_socket(addr, Sharing::ReusePort).map(|(socket, _)| socket)
+pub(super) fn one_more_udp_listener(addr: SocketAddr, reach: Reach) -> Result<UdpSocket, Failure> {
+    bound_socket(addr, reach, Sharing::ReusePort).map(|(socket, _)| socket)
 }
 
-fn bound_socket(addr: SocketAddr, sharing: Sharing) -> Result<(UdpSocket, bool), Failure> {
+fn bound_socket(
+    addr: SocketAddr,
+    reach: Reach,
+    sharing: Sharing,
+) -> Result<(UdpSocket, bool), Failure> {
     let socket = Socket::new(
         Domain::for_address(addr),
         Type::DGRAM.nonblocking(),
@@ -85,6 +92,9 @@ fn bound_socket(addr: SocketAddr, sharing: Sharing) -> Result<(UdpSocket, bool),
         socket
             .set_reuse_port(true)
             .map_err(Failure::at("set SO_REUSEPORT"))?;
+    }
+    if reach == Reach::Transparent {
+        set_transparent(&socket, Family::of(addr.ip()))?;
     }
     let sockaddr = SockAddr::from(addr);
     let address_missing = match socket.bind(&sockaddr) {
@@ -106,11 +116,11 @@ fn bound_socket(addr: SocketAddr, sharing: Sharing) -> Result<(UdpSocket, bool),
 
 /// Makes a bound socket fit to receive from proxies, whoever bound it: non-blocking, large buffers, and with
 /// each datagram its TOS, its segment size where several came as one, and the count of those that were lost.
-/// On a wildcard socket, where this returns true, also the address it was sent to.
+/// On a wildcard socket, also the address it was sent to, on a transparent one the address and the port.
 ///
 /// # Errors
 /// When the kernel refuses one of the options; a buffer smaller than wanted is no error.
-pub fn receive_from_proxies(socket: &UdpSocket) -> Result<bool, Failure> {
+pub fn receive_from_proxies(socket: &UdpSocket) -> Result<(), Failure> {
     let addr = socket
         .local_addr()
         .map_err(Failure::at("read the bound address"))?;
@@ -120,15 +130,53 @@ pub fn receive_from_proxies(socket: &UdpSocket) -> Result<bool, Failure> {
     set_buffers(socket, LISTENER_BUFFER, LISTENER_BUFFER);
     annotate(socket, Family::of(addr.ip()))?;
     coalesce(socket)?;
-    let wildcard = addr.ip().is_unspecified();
-    if wildcard {
+    let family = Family::of(addr.ip());
+    if is_transparent(socket)? {
+        const FAILED: &str = "set IP_RECVORIGDSTADDR";
+        return match family {
+            Family::V4 => option(socket, sockopt::Ipv4OrigDstAddr, &true, FAILED),
+            Family::V6 => option(socket, sockopt::Ipv6OrigDstAddr, &true, FAILED),
+        };
+    }
+    if addr.ip().is_unspecified() {
         let failed = "set IP_PKTINFO";
-        match Family::of(addr.ip()) {
+        match family {
             Family::V4 => option(socket, sockopt::Ipv4PacketInfo, &true, failed)?,
             Family::V6 => option(socket, sockopt::Ipv6RecvPacketInfo, &true, failed)?,
         }
     }
-    Ok(wildcard)
+    Ok(())
+}
+
+/// Whether a socket may get what was sent elsewhere: each datagram then says where.
+///
+/// # Errors
+/// When the kernel tells nothing about it.
+pub fn is_transparent(socket: &UdpSocket) -> Result<bool, Failure> {
+    let reach = socket.local_addr().and_then(|addr| Reach::of(socket, addr));
+    Ok(reach.map_err(Failure::at("ask whether a socket is transparent"))? == Reach::Transparent)
+}
+
+/// A socket to answer from an address and port that need not be this host's, beside others that do: nothing
+/// comes to it, because rules hand what is sent there to the listener.
+///
+/// # Errors
+/// When a socket that does not share the address has it, or descriptors run out.
+pub fn answering_from(addr: SocketAddr) -> Result<UdpSocket, Failure> {
+    let socket = Socket::new(
+        Domain::for_address(addr),
+        Type::DGRAM.nonblocking(),
+        Some(Protocol::UDP),
+    )
+    .map_err(Failure::at("open a socket"))?;
+    set_transparent(&socket, Family::of(addr.ip()))?;
+    socket
+        .set_reuse_address(true)
+        .map_err(Failure::at("set SO_REUSEADDR"))?;
+    socket
+        .bind(&SockAddr::from(addr))
+        .map_err(Failure::at("bind to the address that was asked"))?;
+    Ok(UdpSocket::from(socket))
 }
 
 /// Buffers of these sizes, beyond `net.core.rmem_max` with CAP_NET_ADMIN, up to it without.

@@ -28,5 +28,6 @@ mod supervisor_systemd;
 mod support;
 mod systemd;
 mod targets;
+mod transparent;
 mod udp;
 mod view;

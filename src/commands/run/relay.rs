@@ -160,9 +160,7 @@ impl World {
             return count;
         }
         // the workers share the ports of a range among them
-        if let Some(range) = instance.listen.ports()
-            && range.ports().count() > 1
-        {
+        if let Listen::Range(_) = instance.listen {
             return NonZeroUsize::MIN;
         }
         let share = SOCKETS / self.instances.get().max(1);
@@ -173,7 +171,7 @@ impl World {
 /// Whether whoever connects to a place gets to a socket that was bound there before.
 fn can_be_reached(endpoint: &Endpoint) -> bool {
     match endpoint {
-        Endpoint::Inet(_) => true,
+        Endpoint::Inet(_) | Endpoint::Transparent(_) => true,
         Endpoint::Unix(path) => socket::unix::is_reachable(path),
     }
 }

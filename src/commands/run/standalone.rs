@@ -17,6 +17,7 @@ pub(super) fn origin(global: &Global, args: &RunArgs) -> anyhow::Result<Origin> 
             if !warnings.is_empty() && !global.quiet {
                 eprintln!("{}\n", drawn(&warnings));
             }
+            let listen = config::listen_as_told(listen, options.listen)?;
             let name = match (&alone.name, listen.ports()) {
                 (Some(name), _) => name.clone(),
                 (None, Some(range)) => relay_name(options.protocol, range.first())
@@ -37,7 +38,7 @@ pub(super) fn origin(global: &Global, args: &RunArgs) -> anyhow::Result<Origin> 
             Relays::Given(vec![Instance {
                 name,
                 mark: alone.mark,
-                listen: listen.clone(),
+                listen,
                 target4: alone.target4,
                 target6: alone.target6,
                 target_ports: TargetPorts::One,

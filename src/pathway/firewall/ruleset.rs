@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::model::Family;
+use crate::model::{Family, Interception, ListenNetwork, PortRange, Protocol, TRANSPARENT_MARK};
 use crate::pathway::piece::{COMMENT, Chain, Job, Line, Made, Program};
 
 /// One family's mangle table as one variant of iptables shows it.
@@ -38,18 +38,18 @@ pub struct Absent {
 pub struct FoundLine {
     /// The words behind `-A CHAIN`, as iptables-save wrote them.
     pub words: String,
-    /// What it does, where it is a plain CONNMARK line.
+    /// What it does, where it is a plain CONNMARK line, or a TPROXY line with our tag.
     pub connmark: Option<Connmark>,
 }
 
-/// A line that does nothing but save or restore one mark.
+/// A line that does nothing but save, restore or set one mark.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Connmark {
-    /// Save or restore.
+    /// Which of them.
     pub job: Job,
-    /// The mark it looks for.
+    /// The mark it looks for, or sets.
     pub mark: u32,
-    /// The bits it looks at.
+    /// The bits it looks at, or writes.
     pub mask: u32,
     /// The bits it copies, on both sides.
     pub copied: u32,
@@ -72,9 +72,13 @@ impl Connmark {
 
     /// Whether it is this line: same job, mark, masks and tag.
     pub fn is(&self, line: &Line) -> bool {
+        let mark = match line.job {
+            Job::Save | Job::Restore => line.mark.get(),
+            Job::Intercept(_) => TRANSPARENT_MARK,
+        };
         self.tag() == Some(line.mark.get())
             && self.job == line.job
-            && self.mark == line.mark.get()
+            && self.mark == mark
             && self.mask == line.mask.get()
             && self.copied == line.mask.get()
     }
@@ -113,7 +117,7 @@ impl Ruleset {
             };
             chain.push(FoundLine {
                 words: words.to_owned(),
-                connmark: connmark(words),
+                connmark: connmark(words).or_else(|| intercept(words)),
             });
         }
         ruleset
@@ -232,7 +236,7 @@ fn connmark(words: &str) -> Option<Connmark> {
     let ((matcher, mark, mask), job) = (matched?, job?);
     let expected = match job {
         Job::Save => "mark",
-        Job::Restore => "connmark",
+        _ => "connmark",
     };
     (matcher == expected && nfmask == ctmask).then_some(Connmark {
         job,
@@ -241,6 +245,50 @@ fn connmark(words: &str) -> Option<Connmark> {
         copied: nfmask,
         comment,
     })
+}
+
+/// What a TPROXY line of ours does; `None` where it has any other word, or not our tag: another program's
+/// may look the same.
+fn intercept(words: &str) -> Option<Connmark> {
+    let words = split(words);
+    let mut words = words.iter().map(String::as_str);
+    let (mut network, mut protocol, mut ports, mut comment) = (None, None, None, None);
+    let (mut on_ip, mut on_port, mut mark) = (None, None, None);
+    let mut not_from_lo = false;
+    while let Some(word) = words.next() {
+        match word {
+            "-d" => network = Some(words.next()?.parse().ok()?),
+            "!" => not_from_lo = (words.next()?, words.next()?) == ("-i", "lo"),
+            "-p" => protocol = Some(words.next()?.parse::<Protocol>().ok()?),
+            "-m" => _ = words.next()?,
+            "--dport" => {
+                let text = words.next()?;
+                let (first, last) = text.split_once(':').unwrap_or((text, text));
+                ports = PortRange::new(first.parse().ok()?, last.parse().ok()?);
+            }
+            "--comment" => comment = Some(words.next()?.to_owned()),
+            "-j" => _ = words.next().filter(|target| *target == "TPROXY")?,
+            "--on-port" => on_port = words.next()?.parse().ok(),
+            "--on-ip" => on_ip = words.next()?.parse().ok(),
+            "--tproxy-mark" => {
+                let (value, mask) = words.next()?.split_once('/')?;
+                mark = Some((number(value)?, number(mask)?));
+            }
+            _ => return None,
+        }
+    }
+    let listen = ListenNetwork::new(network?, ports?);
+    let ((mark, mask), protocol) = (mark?, protocol?);
+    let socket = listen.socket();
+    let right = not_from_lo && on_ip == Some(socket.ip()) && on_port == Some(socket.port());
+    let found = Connmark {
+        job: Job::Intercept(Interception { protocol, listen }),
+        mark: if right { mark } else { 0 },
+        mask,
+        copied: mask,
+        comment,
+    };
+    found.tag().is_some().then_some(found)
 }
 
 #[cfg(test)]
@@ -272,6 +320,41 @@ mod tests {
             connmark(&saved.replace("0x7b/0xff", "0x7b"))
                 .is_some_and(|found| !found.is(&line(123)))
         );
+    }
+
+    #[test]
+    fn our_own_interceptions_are_recognised() {
+        for (text, protocol) in [
+            ("203.0.113.0/24:443", Protocol::Tcp),
+            ("[2001:db8:5::7]/128:1000-2000", Protocol::Udp),
+        ] {
+            let listen: ListenNetwork = text.parse().unwrap();
+            let mark = Mark::new(123).unwrap();
+            let line = Line {
+                family: listen.family(),
+                chain: Chain::Prerouting,
+                job: Job::Intercept(Interception { protocol, listen }),
+                mark,
+                mask: Mask::new(0x20ff).unwrap(),
+            };
+            let words = line.to_string();
+            assert!(intercept(&words).unwrap().is(&line), "{line}");
+            for (ours, other) in [
+                ("0x2000/0x20ff", "0x2000/0xff"),
+                ("0x2000/0x20ff", "0x1/0x20ff"),
+                ("! -i lo", "! -i eth0"),
+                ("-p ", "-s 10.0.0.0/8 -p "),
+                ("--on-port ", "--on-port 9"),
+                (" --on-ip 203.0.113.0", ""),
+                (" --on-ip 2001:db8:5::7", " --on-ip 2001:db8:5::8"),
+            ] {
+                let changed = words.replacen(ours, other, 1);
+                let same = intercept(&changed).is_some_and(|found| found.is(&line));
+                assert!(changed == words || !same, "{changed}");
+            }
+            // the same without our tag is another program's
+            assert_eq!(intercept(&words.replace("mmproxyctl:", "tproxy:")), None);
+        }
     }
 
     #[test]

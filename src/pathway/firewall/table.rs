@@ -4,16 +4,18 @@
 //! One look-up per mask and direction, whatever the number of pathways: a base chain's rule looks the
 //! masked mark up in a map of marks, whose verdict jumps to a chain that sets all of the mask's bits.
 //! (A chain for each mark, because nft before 1.1 combines a mark with constants only, and the bits
-//! outside the mask are other programs'.) Pure; `parse` reads what nft lists.
+//! outside the mask are other programs'.) Pure; `parse` reads what nft lists, `words`
+//! writes what it takes.
 
 mod parse;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::model::{Mark, Mask};
+use crate::model::{Interception, Mark, Mask};
 use crate::pathway::piece::{COMMENT, Chain, Job, Line};
 
 /// Its family and name.
@@ -51,6 +53,14 @@ impl fmt::Display for Entry {
         let job = match self.job {
             Job::Save => "save",
             Job::Restore => "restore",
+            Job::Intercept(one) => {
+                let base = base_name(self.chain);
+                return write!(
+                    f,
+                    "chain {base}, tproxy {one} for mark {:#x}",
+                    self.mark.get()
+                );
+            }
         };
         write!(
             f,
@@ -113,7 +123,7 @@ impl Key {
     fn read_by(job: Job) -> Self {
         match job {
             Job::Save => Self::Packet,
-            Job::Restore => Self::Connection,
+            _ => Self::Connection,
         }
     }
 
@@ -121,7 +131,7 @@ impl Key {
     fn written_by(job: Job) -> Self {
         match job {
             Job::Save => Self::Connection,
-            Job::Restore => Self::Packet,
+            _ => Self::Packet,
         }
     }
 }
@@ -137,6 +147,13 @@ enum Does {
     },
     /// `key = (key & keep) ^ value`
     Set { key: Key, keep: u32, value: u32 },
+    /// Jumps to a chain.
+    Jump(String),
+    /// Hands packets to a transparent listener, with [`crate::model::TRANSPARENT_MARK`] in these
+    /// bits of their mark.
+    Intercept { what: Interception, mask: u32 },
+    /// Drops the same packets: those that no listener is there for, which would be forwarded.
+    Refuse(Interception),
     /// What no rule of ours does.
     Other,
 }
@@ -200,10 +217,14 @@ fn base_name(chain: Chain) -> &'static str {
 fn chain_name(job: Job, mark: u32, mask: u32) -> String {
     let job = match job {
         Job::Save => "save",
-        Job::Restore => "restore",
+        _ => "restore",
     };
     format!("{job}-{mark:#x}-{mask:#x}")
 }
+
+/// What begins the name of a chain that hands packets to listeners: one for each pathway, so that a table that
+/// was flushed can be told to be ours.
+const INTERCEPT: &str = "intercept";
 
 /// Whether only our own tables have chains of this name.
 fn is_our_name(name: &str) -> bool {
@@ -212,18 +233,31 @@ fn is_our_name(name: &str) -> bool {
         u32::from_str_radix(digits, 16).ok()
     };
     let mut parts = name.splitn(3, '-');
-    matches!(parts.next(), Some("save" | "restore"))
+    matches!(parts.next(), Some("save" | "restore" | INTERCEPT))
         && parts.next().and_then(number).is_some()
         && parts.next().and_then(number).is_some()
 }
 
 impl Layout {
-    /// What these entries need: saves before restores, each by mask.
+    /// What these entries need: saves before restores, each by mask, then what is handed to listeners.
     fn of(entries: &BTreeSet<Entry>) -> Self {
         let mut layout = Self::default();
+        let mut intercepts = BTreeSet::new();
         let mut dispatches = BTreeMap::<(Chain, Job, Mask), BTreeMap<u32, String>>::new();
         for entry in entries {
             let (mark, mask) = (entry.mark.get(), entry.mask.get());
+            if let Job::Intercept(what) = entry.job {
+                let comment = Some(format!("{COMMENT}{mark}"));
+                let both = [Does::Intercept { what, mask }, Does::Refuse(what)];
+                let name = format!("{INTERCEPT}-{mark:#x}-{mask:#x}");
+                let chain = layout.chains.entry(name.clone()).or_default();
+                chain.rules.extend(both.map(|does| TableRule {
+                    comment: comment.clone(),
+                    does,
+                }));
+                intercepts.insert(name);
+                continue;
+            }
             let name = chain_name(entry.job, mark, mask);
             dispatches
                 .entry((entry.chain, entry.job, entry.mask))
@@ -241,14 +275,7 @@ impl Layout {
             layout.chains.insert(name, TableChain { hook: None, rules });
         }
         for ((chain, job, mask), to) in dispatches {
-            let base = layout
-                .chains
-                .entry(base_name(chain).to_owned())
-                .or_insert_with(|| TableChain {
-                    hook: Some(Hook::of(chain)),
-                    rules: Vec::new(),
-                });
-            base.rules.push(TableRule {
+            layout.base(chain).rules.push(TableRule {
                 comment: Some(COMMENT.trim_end_matches(':').to_owned()),
                 does: Does::Dispatch {
                     key: Key::read_by(job),
@@ -257,7 +284,23 @@ impl Layout {
                 },
             });
         }
+        for name in intercepts {
+            let base = layout.base(Chain::Prerouting);
+            base.rules.push(TableRule {
+                comment: Some(COMMENT.trim_end_matches(':').to_owned()),
+                does: Does::Jump(name),
+            });
+        }
         layout
+    }
+
+    /// The base chain, hooked in.
+    fn base(&mut self, chain: Chain) -> &mut TableChain {
+        let base = self.chains.entry(base_name(chain).to_owned());
+        base.or_insert_with(|| TableChain {
+            hook: Some(Hook::of(chain)),
+            rules: Vec::new(),
+        })
     }
 
     /// The chains' names, unless the table must go before it can be right.
@@ -281,6 +324,11 @@ impl Layout {
             }
             let is_save = |rule: &TableRule| matches!(rule.does, Does::Dispatch { key, .. } if key == Key::read_by(Job::Save));
             let last_save = base.rules.iter().rposition(is_save);
+            let jumps = base.rules.iter().filter_map(|rule| match &rule.does {
+                Does::Jump(name) => self.chains.get(name),
+                _ => None,
+            });
+            entries.extend(jumps.flat_map(|to| intercepts(chain, &to.rules)));
             for (index, rule) in base.rules.iter().enumerate() {
                 let Does::Dispatch { key, mask, to } = &rule.does else {
                     continue;
@@ -330,6 +378,23 @@ impl Layout {
         let empty = self.chains.values().all(|chain| chain.rules.is_empty());
         tagged || empty && self.chains.keys().any(|name| is_our_name(name))
     }
+}
+
+/// What is handed to listeners, and otherwise dropped.
+fn intercepts(chain: Chain, rules: &[TableRule]) -> impl Iterator<Item = Entry> {
+    rules.windows(2).filter_map(move |pair| {
+        let [rule, next] = pair else { return None };
+        let Does::Intercept { what, mask } = rule.does else {
+            return None;
+        };
+        let mark = rule.comment.as_deref()?.strip_prefix(COMMENT)?;
+        (next.does == Does::Refuse(what)).then_some(Entry {
+            chain,
+            job: Job::Intercept(what),
+            mask: Mask::new(mask)?,
+            mark: mark.parse().ok()?,
+        })
+    })
 }
 
 /// The transaction that leaves just these entries in the table, and no table without any. `chains` are
@@ -386,30 +451,4 @@ pub(crate) fn transaction(entries: &BTreeSet<Entry>, chains: Option<&BTreeSet<St
 /// The names of the chains that these entries need.
 pub(crate) fn chains_of(entries: &BTreeSet<Entry>) -> BTreeSet<String> {
     Layout::of(entries).chains.into_keys().collect()
-}
-
-impl fmt::Display for Does {
-    /// The words that nft takes.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Dispatch { key, mask, to } => {
-                write!(f, "{} & {mask:#x} vmap {{", key.words())?;
-                for (index, (mark, name)) in to.iter().enumerate() {
-                    let comma = if index == 0 { "" } else { "," };
-                    write!(f, "{comma} {mark:#x} : jump {name}")?;
-                }
-                f.write_str(" }")
-            }
-            Self::Set {
-                key,
-                keep: 0,
-                value,
-            } => write!(f, "{} set {value:#x}", key.words()),
-            Self::Set { key, keep, value } => {
-                let key = key.words();
-                write!(f, "{key} set {key} & {keep:#x} | {value:#x}")
-            }
-            Self::Other => Ok(()),
-        }
-    }
 }

@@ -1,9 +1,10 @@
-//! One CONNMARK line as a value, and as the words that `iptables` takes for it.
+//! One line of the mangle table as a value, and as the words that `iptables` takes for it.
 
 use std::fmt;
 use std::sync::Arc;
 
-use crate::model::{Family, Mark, Mask};
+use crate::model::TRANSPARENT_MARK;
+use crate::model::{Family, Interception, Mark, Mask, Pathway};
 
 /// A chain of the mangle table that holds lines of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -27,16 +28,18 @@ impl Chain {
     }
 }
 
-/// What a CONNMARK line does.
+/// What a line does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Job {
     /// Packet mark → connection mark.
     Save,
     /// Connection mark → packet mark.
     Restore,
+    /// Packets for these addresses → a transparent listener (TPROXY), marked so that they stay here.
+    Intercept(Interception),
 }
 
-/// One CONNMARK line that is wanted.
+/// One line that is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Line {
     /// `iptables` or `ip6tables`.
@@ -47,7 +50,8 @@ pub struct Line {
     pub job: Job,
     /// The pathway's mark.
     pub mark: Mark,
-    /// The pathway's mask.
+    /// The bits that are looked at and written: the pathway's mask, with the bit that is set where packets
+    /// are intercepted.
     pub mask: Mask,
 }
 
@@ -83,6 +87,20 @@ impl Made {
 }
 
 impl Line {
+    /// The lines that a pathway's transparent listeners need in a family.
+    pub fn interceptions(pathway: &Pathway, family: Family) -> impl Iterator<Item = Self> {
+        let wanted = pathway.interceptions.iter();
+        wanted
+            .filter(move |one| one.listen.family() == family)
+            .map(move |one| Self {
+                family,
+                chain: Chain::Prerouting,
+                job: Job::Intercept(*one),
+                mark: pathway.mark,
+                mask: pathway.transparent_mask(),
+            })
+    }
+
     /// The words behind `-A CHAIN`, with what the tag shall remember.
     pub fn words(&self, made: Option<Made>) -> String {
         let words = self.to_string();
@@ -103,6 +121,24 @@ impl fmt::Display for Line {
         let (matcher, action) = match self.job {
             Job::Save => ("mark", "save"),
             Job::Restore => ("connmark", "restore"),
+            Job::Intercept(Interception { protocol, listen }) => {
+                let (network, socket) = (listen.network(), listen.socket());
+                write!(
+                    f,
+                    "-d {network} ! -i lo -p {protocol} -m {protocol} --dport "
+                )?;
+                write!(f, "{}", listen.ports().first())?;
+                if listen.ports().count() > 1 {
+                    write!(f, ":{}", listen.ports().last())?;
+                }
+                return write!(
+                    f,
+                    " -m comment --comment {COMMENT}{mark} -j TPROXY --on-port {} --on-ip {} \
+                     --tproxy-mark {TRANSPARENT_MARK:#x}/{mask:#x}",
+                    socket.port(),
+                    socket.ip()
+                );
+            }
         };
         write!(
             f,

@@ -126,6 +126,13 @@ pub struct LineStep {
     pub made: Option<Made>,
 }
 
+impl LineStep {
+    /// Whether the line hands packets to a listener.
+    pub fn intercepts(&self) -> bool {
+        self.words.contains(" -j TPROXY ")
+    }
+}
+
 impl Step {
     /// The steps that take this one back. A dropped chain comes back with its next line.
     pub fn inverse(&self) -> Option<Self> {

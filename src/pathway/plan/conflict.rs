@@ -1,6 +1,6 @@
 //! What forbids a plan: somebody else's property, or what the chosen back end cannot do.
 
-use crate::model::{Mark, Pathway};
+use crate::model::{Interception, Mark, Pathway, TRANSPARENT_MARK};
 use crate::pathway::firewall::Backend;
 use crate::pathway::firewall::table::Table;
 use crate::pathway::piece::SWITCH;
@@ -49,6 +49,26 @@ pub enum Conflict {
         /// Its UDP instances.
         instances: String,
     },
+    /// TPROXY without a firewall.
+    #[error(
+        "--firewall none cannot hand {interception} to a listener, as mark {mark} wants (listen=transparent): \
+         choose iptables or nftables"
+    )]
+    Interception {
+        /// The pathway.
+        mark: Mark,
+        /// The first of what it wants.
+        interception: Interception,
+    },
+    /// A pathway's mark is that of packets that are handed to transparent listeners.
+    #[error(
+        "mark {mark} is what packets for transparent listeners are marked with (listen=transparent): give \
+         that pathway another mark"
+    )]
+    TransparentMark {
+        /// The pathway.
+        mark: Mark,
+    },
     /// A target elsewhere without a firewall.
     #[error(
         "--firewall none serves this host's own addresses only, and {target}, a target of mark {mark}, is \
@@ -86,6 +106,8 @@ impl Conflict {
             Self::ForeignTable { mark }
             | Self::Udp { mark, .. }
             | Self::Far { mark, .. }
+            | Self::Interception { mark, .. }
+            | Self::TransparentMark { mark }
             | Self::Switch { mark }
             | Self::NoSwitch { mark } => *mark,
         }
@@ -102,6 +124,13 @@ pub(super) fn with_firewall(
     if goal == Goal::Del {
         return Vec::new();
     }
+    let of_us = pathways.iter().find(|pathway| {
+        pathway.mark.get() == TRANSPARENT_MARK & pathway.mask.get()
+            && pathways.iter().any(|one| !one.interceptions.is_empty())
+    });
+    if let Some(Pathway { mark, .. }) = of_us {
+        return vec![Conflict::TransparentMark { mark: *mark }];
+    }
     if facts.backend == Backend::None {
         return pathways
             .iter()
@@ -115,7 +144,9 @@ pub(super) fn with_firewall(
     pathways
         .iter()
         .filter(|pathway| {
-            facts.backend == Backend::Nftables && foreign && wants_lines(pathway, facts)
+            facts.backend == Backend::Nftables
+                && foreign
+                && (wants_lines(pathway, facts) || !pathway.interceptions.is_empty())
         })
         .map(|pathway| Conflict::ForeignTable { mark: pathway.mark })
         .take(1)

@@ -58,7 +58,7 @@ impl Differ<'_> {
         let rules = self.by_table.get(&table)?.iter();
         let mut marks = rules
             .filter(|rule| rule.is_ours())
-            .filter_map(|rule| Some(rule.mark?.0));
+            .filter_map(Rule::pathway_mark);
         marks.find(|&mark| {
             mark != pathway.mark.get()
                 && Mark::new(mark)
@@ -157,7 +157,7 @@ impl Differ<'_> {
             .iter()
             .filter_map(|table| self.by_table.get(table))
             .flatten()
-            .filter(|rule| rule.mark.is_none());
+            .filter(|rule| rule.pathway_mark().is_none());
         let shapes = self.shapes(pathway);
         let (mut stale, mut notes) = (BTreeMap::new(), Vec::new());
         for rule in marked.chain(unmarked) {

@@ -1,12 +1,12 @@
-//! The scheme of `ROUTING.md` as values: which rules, routes and lines a set of pathways wants on a host. Pure.
+//! The scheme of `ROUTING.md` as values, and what transparent listeners need: which rules, routes and lines a set of pathways wants on a host. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use crate::model::{ConnmarkMode, Family, Mark, Pathway};
+use crate::model::{ConnmarkMode, Family, Mark, Pathway, TRANSPARENT_MARK};
 use crate::pathway::firewall::Backend;
 use crate::pathway::firewall::table::Entry;
-use crate::pathway::piece::{Chain, Job, Line, PROTOCOL, Route, Rule, loopback};
+use crate::pathway::piece::{Chain, Job, Line, PROTOCOL, Route, Rule, anywhere, loopback};
 
 /// Where a rule stands that shall answer only when the main table (32766) has no route.
 pub const UNROUTED_PRIORITY: u32 = 40_000;
@@ -35,7 +35,7 @@ pub struct Wanted {
     pub rules: BTreeMap<Rule, Mark>,
     /// Routes.
     pub routes: BTreeMap<Route, Mark>,
-    /// CONNMARK lines, saves before restores.
+    /// CONNMARK and TPROXY lines, saves before restores.
     pub lines: BTreeSet<Line>,
     /// The pathways that need `tcp_fwmark_accept`.
     pub switch: BTreeSet<Mark>,
@@ -60,6 +60,9 @@ impl Wanted {
                     protocol: PROTOCOL,
                 };
                 wanted.routes.insert(route, pathway.mark);
+                if facts.backend != Backend::None {
+                    wanted.lines.extend(Line::interceptions(pathway, family));
+                }
                 if wants_lines(pathway, facts) {
                     wanted.lines.extend(
                         [
@@ -123,6 +126,7 @@ pub(super) fn marked(pathway: &Pathway, family: Family) -> Rule {
         family,
         priority: pathway.priority.get(),
         source: loopback(family),
+        to: None,
         mark: Some((pathway.mark.get(), pathway.mask.get())),
         iif_lo: true,
         table: pathway.table.get(),
@@ -173,5 +177,21 @@ pub(super) fn wanted_rules(pathway: &Pathway, family: Family, facts: &Facts) -> 
             });
         }
     }
+    // what TPROXY has marked is delivered here whatever its destination. Never without `to`: with
+    // tcp_fwmark_accept the answers carry the mark as well, and with src_valid_mark so does the look-up
+    // of the way back to their sender.
+    let networks = pathway.interceptions.iter();
+    rules.extend(
+        networks
+            .map(|one| one.listen.network())
+            .filter(|network| Family::of(network.addr()) == family)
+            .map(|network| Rule {
+                source: anywhere(family),
+                to: Some(network),
+                mark: Some((TRANSPARENT_MARK, pathway.transparent_mask().get())),
+                iif_lo: false,
+                ..marked
+            }),
+    );
     rules
 }

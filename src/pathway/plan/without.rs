@@ -14,6 +14,9 @@ use super::{Change, Conflict, Facts, Goal, Outcome, Present};
 /// What the kernel cannot do alone for a pathway.
 pub(super) fn refusal(pathway: &Pathway, facts: &Facts) -> Option<Conflict> {
     let mark = pathway.mark;
+    if let Some(&interception) = pathway.interceptions.first() {
+        return Some(Conflict::Interception { mark, interception });
+    }
     let needs = needs_switch(pathway, facts);
     if !pathway.udp.is_empty() && (needs || pathway.connmark == ConnmarkMode::Always) {
         let names: Vec<_> = pathway.udp.iter().map(ToString::to_string).collect();

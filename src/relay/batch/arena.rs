@@ -107,8 +107,10 @@ impl Drop for Pages {
 pub(in crate::relay) struct Control {
     /// Several datagrams of this many bytes each (the last may be shorter) were received as one (`UDP_GRO`).
     pub(in crate::relay) segment: Option<u16>,
-    /// Where it was sent to (`IP_PKTINFO`).
+    /// Where it was sent to (`IP_PKTINFO`, `IP_ORIGDSTADDR`).
     pub(in crate::relay) local: Option<Local>,
+    /// The port that it was sent to, where that is not always the socket's (`IP_ORIGDSTADDR`).
+    pub(in crate::relay) port: Option<u16>,
     /// DSCP and ECN (`IP_RECVTOS`).
     pub(in crate::relay) tos: u8,
     /// How many datagrams this socket has lost for want of buffer, since it was made (`SO_RXQ_OVFL`);
@@ -390,6 +392,27 @@ fn control(header: &libc::msghdr) -> Control {
                         addr: addr.into(),
                         interface,
                     });
+                }
+                (libc::SOL_IP, libc::IP_ORIGDSTADDR)
+                    if length >= mem::size_of::<libc::sockaddr_in>() =>
+                {
+                    let to = data.cast::<libc::sockaddr_in>().read_unaligned();
+                    let addr = Ipv4Addr::from(u32::from_be(to.sin_addr.s_addr));
+                    control.local = Some(Local {
+                        addr: addr.into(),
+                        interface: 0,
+                    });
+                    control.port = Some(u16::from_be(to.sin_port));
+                }
+                (libc::SOL_IPV6, libc::IPV6_ORIGDSTADDR)
+                    if length >= mem::size_of::<libc::sockaddr_in6>() =>
+                {
+                    let to = data.cast::<libc::sockaddr_in6>().read_unaligned();
+                    control.local = Some(Local {
+                        addr: Ipv6Addr::from(to.sin6_addr.s6_addr).into(),
+                        interface: to.sin6_scope_id,
+                    });
+                    control.port = Some(u16::from_be(to.sin6_port));
                 }
                 (libc::SOL_IP, libc::IP_TOS) if length >= 1 => control.tos = data.read(),
                 (libc::SOL_IPV6, libc::IPV6_TCLASS) if length >= 4 => {

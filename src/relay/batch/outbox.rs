@@ -201,6 +201,18 @@ impl Outbox {
         sent
     }
 
+    /// Drops everything, for want of a socket to send it through.
+    pub(in crate::relay) fn give_up(&mut self, error: io::Error) -> Sent {
+        let failed = self.parts.len() as u64;
+        self.messages.clear();
+        self.parts.clear();
+        Sent {
+            failed,
+            error: Some(error),
+            ..Sent::default()
+        }
+    }
+
     /// One `sendmmsg` of the built messages from `skip` on: how many the kernel took, at least one.
     fn transmit(&mut self, socket: BorrowedFd<'_>, skip: usize) -> io::Result<usize> {
         let headers = &mut self.headers[skip..];

@@ -95,7 +95,7 @@ fn what_is_cut_off_is_said() {
 #[test]
 fn what_a_slot_said_before_is_forgotten() {
     let wildcard = UdpSocket::bind("0.0.0.0:0").unwrap();
-    assert!(receive_from_proxies(&wildcard).unwrap());
+    receive_from_proxies(&wildcard).unwrap();
     let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
     let port = wildcard.local_addr().unwrap().port();
     let mut arena = Arena::new(1, true);

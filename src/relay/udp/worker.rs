@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -24,6 +24,7 @@ use tracing::{Span, info_span};
 
 use self::epoll::WaitableEpoll;
 use self::refusals::peers;
+use self::replies::Replies;
 use self::view::Recent;
 use super::counters::{Counters, Ended};
 use super::datagram::Client;
@@ -38,12 +39,14 @@ use crate::relay::ports::Ports;
 use crate::relay::report::{self, LastError, Limiter, Subject};
 use crate::relay::view::Query;
 use crate::relay::workers::Shared;
+use crate::socket::udp::is_transparent;
 
 mod epoll;
 mod inbound;
 mod lifecycle;
 mod outbound;
 mod refusals;
+mod replies;
 mod view;
 
 /// How many datagrams one flow's answers may take of a batch before the next flow's turn.
@@ -120,8 +123,10 @@ pub(super) struct Worker {
     listeners: Vec<Listener>,
     /// Which of them answers for a port.
     by_port: HashMap<u16, usize>,
-    /// Which of them sends the answers that have gathered.
-    answering: usize,
+    /// What sends the answers that have gathered.
+    answering: Answering,
+    /// Where one listener gets what was sent to many ports: sockets to answer from the others.
+    replies: Option<Replies>,
     flows: Table<Key, Held>,
     /// Milliseconds since the relay's start.
     now: u64,
@@ -133,6 +138,15 @@ pub(super) struct Worker {
     /// Flows whose answers were not all read in their turn.
     unfinished: Vec<Id>,
     recent: Recent,
+}
+
+/// A socket that answers are sent from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answering {
+    /// The listener of this number.
+    Listener(usize),
+    /// One that is bound to where the datagram was sent to.
+    From(SocketAddr),
 }
 
 struct Listener {
@@ -173,6 +187,13 @@ impl Worker {
         let by_port = listeners.iter().enumerate().rev();
         let by_port = by_port.map(|(at, listener)| (listener.port, at)).collect();
         let settings = common.settings.load_full();
+        let first = listeners.first().map(|first| &first.socket);
+        let replies = match first {
+            Some(socket) if is_transparent(socket).map_err(|failure| failure.source)? => {
+                Some(Replies::beside(socket.local_addr()?))
+            }
+            _ => None,
+        };
         Ok(Self {
             shared,
             number,
@@ -182,7 +203,8 @@ impl Worker {
             epoll,
             listeners,
             by_port,
-            answering: 0,
+            answering: Answering::Listener(0),
+            replies,
             flows: Table::new(),
             now: 0,
             known: None,
@@ -294,6 +316,9 @@ impl Worker {
             self.read_answers(id);
         }
         self.send_answers();
+        if let Some(replies) = &mut self.replies {
+            replies.rest();
+        }
         Ok(())
     }
 

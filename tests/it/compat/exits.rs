@@ -82,15 +82,3 @@ fn sigterm_is_exit_0() {
     relay.signal(Signal::SIGTERM);
     assert_eq!(relay.wait(SOON).code(), Some(0), "{}", relay.log());
 }
-
-#[test]
-fn flags_that_are_understood_and_not_done_yet_say_so() {
-    let old = Old::new();
-    for flag in ["-dynamic-destination", "-listen-transparent"] {
-        old.assert_ends(
-            &format!("go-mmproxy -l 127.0.0.1:8443 {flag}"),
-            2,
-            &format!("{flag} is not supported yet"),
-        );
-    }
-}

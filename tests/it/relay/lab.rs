@@ -210,7 +210,8 @@ pub(crate) fn settings(targets: &[SocketAddr]) -> Settings {
     Settings {
         name: "test".parse().expect("a name"),
         mark: Mark::new(MARK),
-        first_port: None,
+        parallel: None,
+        intercepted: None,
         destinations: None,
         named: NamedTargets::default(),
         target4: target(false),

@@ -3,9 +3,12 @@
 
 use std::collections::BTreeMap;
 
+use ipnet::IpNet;
 use serde_json::Value;
 
+use super::words::nft_family;
 use super::{Does, Hook, Key, Layout, PRIORITY, Table, TableRule};
+use crate::model::{Interception, ListenNetwork, PortRange, Protocol, TRANSPARENT_MARK};
 
 impl Table {
     /// Reads the JSON text; `None` where it is not of nft's shape.
@@ -67,8 +70,9 @@ fn priority(value: Option<&Value>) -> i64 {
 }
 
 fn does(expressions: &Value) -> Option<Does> {
-    let [expression] = expressions.as_array()?.as_slice() else {
-        return None;
+    let expression = match expressions.as_array()?.as_slice() {
+        [expression] => expression,
+        all => return interception(all),
     };
     if let Some(dispatch) = expression.get("vmap") {
         let (key, mask, 0) = computed(dispatch.get("key")?)? else {
@@ -85,6 +89,9 @@ fn does(expressions: &Value) -> Option<Does> {
         let key = key?;
         return Some(Does::Dispatch { key, mask, to });
     }
+    if let Some(jump) = expression.get("jump") {
+        return Some(Does::Jump(jump.get("target")?.as_str()?.to_owned()));
+    }
     let set = expression.get("mangle")?;
     let (Some(key), u32::MAX, 0) = computed(set.get("key")?)? else {
         return None;
@@ -96,6 +103,66 @@ fn does(expressions: &Value) -> Option<Does> {
     // bits that are set anyway need not be kept: the canonical form keeps none of them
     keep &= !value;
     Some(Does::Set { key, keep, value })
+}
+
+/// What hands packets to a listener, or drops the same packets.
+fn interception(expressions: &[Value]) -> Option<Does> {
+    let [to, port, from, rest @ ..] = expressions else {
+        return None;
+    };
+    let (family, field, to) = payload(to)?;
+    let network: IpNet = match to.get("prefix") {
+        Some(prefix) => {
+            let length = prefix.get("len")?;
+            format!("{}/{length}", prefix.get("addr")?.as_str()?)
+                .parse()
+                .ok()?
+        }
+        None => IpNet::from(to.as_str()?.parse::<std::net::IpAddr>().ok()?),
+    };
+    let (protocol, dport, port) = payload(port)?;
+    let whole = |value: &Value| u16::try_from(value.as_u64()?).ok();
+    let ports = match port.get("range") {
+        Some(range) => PortRange::new(whole(range.get(0)?)?, whole(range.get(1)?)?)?,
+        None => PortRange::new(whole(port)?, whole(port)?)?,
+    };
+    let from = from.get("match")?;
+    let from_lo = from.get("left")?.get("meta")?.get("key")? == "iifname"
+        && from.get("right")? == "lo"
+        && from.get("op")? == "!=";
+    if (field, dport, family) != ("daddr", "dport", nft_family(network)) || !from_lo {
+        return None;
+    }
+    let what = Interception {
+        protocol: protocol.parse::<Protocol>().ok()?,
+        listen: ListenNetwork::new(network, ports),
+    };
+    match rest {
+        [drop] if drop.get("drop").is_some() => Some(Does::Refuse(what)),
+        [tproxy, mark, accept] if accept.get("accept").is_some() => {
+            let (tproxy, socket) = (tproxy.get("tproxy")?, what.listen.socket());
+            let there = tproxy.get("addr")?.as_str()?.parse() == Ok(socket.ip())
+                && tproxy.get("port")?.as_u64()? == u64::from(socket.port());
+            let set = mark.get("mangle")?;
+            let (Some(Key::Packet), u32::MAX, 0) = computed(set.get("key")?)? else {
+                return None;
+            };
+            let (_, keep, value) = computed(set.get("value")?)?;
+            let mask = !(keep & !value);
+            (there && value == TRANSPARENT_MARK).then_some(Does::Intercept { what, mask })
+        }
+        _ => None,
+    }
+}
+
+/// `protocol field == value`
+fn payload(expression: &Value) -> Option<(&str, &str, &Value)> {
+    let compared = expression.get("match")?;
+    let payload = compared.get("left")?.get("payload")?;
+    let text = |key| payload.get(key).and_then(Value::as_str);
+    let equal = compared.get("op")? == "==";
+    let right = compared.get("right").filter(|_| equal)?;
+    Some((text("protocol")?, text("field")?, right))
 }
 
 fn number(value: &Value) -> Option<u32> {

@@ -1,6 +1,7 @@
 //! Entries → layout → entries, and the shapes of nft's listing.
 
 use super::*;
+use crate::model::{ListenNetwork, Protocol};
 
 fn entry(chain: Chain, job: Job, mark: u32, mask: u32) -> Entry {
     Entry {
@@ -39,6 +40,39 @@ fn a_layout_does_what_its_entries_say() {
     }
     assert!(Layout::of(&all).is_ours());
     assert!(!Layout::default().is_ours());
+}
+
+fn intercepting(mark: u32, mask: u32, text: &str, protocol: Protocol) -> Entry {
+    let listen: ListenNetwork = text.parse().unwrap();
+    let job = Job::Intercept(Interception { protocol, listen });
+    entry(Chain::Prerouting, job, mark, mask)
+}
+
+#[test]
+fn interceptions_are_entries_of_their_own() {
+    let all: BTreeSet<Entry> = [
+        intercepting(123, 0x20ff, "203.0.113.0/24:443", Protocol::Tcp),
+        intercepting(123, 0x20ff, "203.0.113.7/32:1-65535", Protocol::Udp),
+        intercepting(300, u32::MAX, "[2001:db8:5::]/64:443-444", Protocol::Udp),
+    ]
+    .into();
+    let layout = Layout::of(&all);
+    assert_eq!(layout.entries(), all);
+    assert!(layout.is_ours());
+    // also when a flush has left nothing but the chains
+    let mut flushed = layout.clone();
+    for chain in flushed.chains.values_mut() {
+        chain.rules.clear();
+    }
+    assert!(flushed.is_ours());
+    assert_eq!(flushed.entries(), BTreeSet::new());
+    // what would be forwarded without a listener must not be
+    let mut forwards = layout;
+    let chain = forwards.chains.get_mut("intercept-0x7b-0x20ff").unwrap();
+    chain
+        .rules
+        .retain(|rule| !matches!(rule.does, Does::Refuse(_)));
+    assert_eq!(forwards.entries().len(), 1);
 }
 
 #[test]

@@ -70,7 +70,10 @@ impl Worker {
         let path = Path {
             peer,
             local: control.local,
-            port: self.listeners.get(listener).map_or(0, |one| one.port),
+            port: control
+                .port
+                .or_else(|| Some(self.listeners.get(listener)?.port))
+                .unwrap_or(0),
         };
         if !self.allows(&path) {
             return;

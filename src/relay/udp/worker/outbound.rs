@@ -2,11 +2,12 @@
 //! has gathered is sent with one call.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use tracing::debug;
 
-use super::{BATCH_OF_ONE, Held, TURNS, Worker};
+use super::{Answering, BATCH_OF_ONE, Held, TURNS, Worker};
 use crate::relay::batch::{Part, SegmentLimit};
 use crate::relay::spp;
 use crate::relay::udp::counters::{Counters, Dropped};
@@ -27,9 +28,14 @@ impl Worker {
                 self.forget(id);
                 return;
             }
-            // one call sends from one listener
-            let port = held.flow.route.path.port;
-            let answering = self.by_port.get(&port).copied().unwrap_or(0);
+            // one call sends from one socket
+            let path = &held.flow.route.path;
+            let answering = match (self.by_port.get(&path.port), path.local, &self.replies) {
+                (None, Some(local), Some(_)) => {
+                    Answering::From(SocketAddr::new(local.addr, path.port))
+                }
+                (at, ..) => Answering::Listener(at.copied().unwrap_or(0)),
+            };
             if answering != self.answering {
                 self.send_answers();
                 self.answering = answering;
@@ -84,14 +90,23 @@ impl Worker {
         if self.scratch.to_client.is_empty() {
             return;
         }
-        let Some(listener) = self.listeners.get(self.answering) else {
-            return;
+        let mut send = |socket: BorrowedFd<'_>| {
+            let answers = &self.scratch.outbound;
+            self.scratch
+                .to_client
+                .send(socket, answers, &mut self.to_client)
         };
-        let sent = self.scratch.to_client.send(
-            listener.socket.as_fd(),
-            &self.scratch.outbound,
-            &mut self.to_client,
-        );
+        let sent = match (self.answering, &mut self.replies) {
+            (Answering::From(addr), Some(replies)) => match replies.at(addr) {
+                Ok(socket) => send(socket.as_fd()),
+                Err(failure) => self.scratch.to_client.give_up(failure.source),
+            },
+            (Answering::Listener(at), _) => match self.listeners.get(at) {
+                Some(listener) => send(listener.socket.as_fd()),
+                None => return,
+            },
+            (Answering::From(_), None) => return,
+        };
         self.counters.datagrams_to_client.add(sent.datagrams);
         self.counters.bytes_to_client.add(sent.bytes);
         if sent.error.is_some() {
