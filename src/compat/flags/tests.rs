@@ -187,7 +187,7 @@ const LINES: &[(&str, &str)] = &[
     ("mmproxy -a subnets.txt", "allow=subnets.txt"),
     // decimal, where Go would read octal or a file's name
     ("mmproxy -m 0123", "mark=123"),
-    ("mmproxy -m 08 -c 060 -p udp", "udp mark=8 close=60"),
+    ("mmproxy -m 08 -c 090 -p udp", "udp mark=8 close=90"),
     (
         "mmproxy --mark 010 --listen-addr 127.0.0.1:3",
         "l=127.0.0.1:3 mark=10",
