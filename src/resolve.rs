@@ -20,6 +20,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
 use self::engine::{Engine, Events};
+use crate::causes::with_causes;
 use crate::model::{Answers, Family, TargetName};
 
 /// How long the system's resolver may take.
@@ -232,7 +233,7 @@ async fn addresses(name: &TargetName, family: Family) -> Result<Vec<IpAddr>, Str
             let found = engine.address(name, network.as_deref(), family).await;
             match found {
                 Ok(addr) => Ok(vec![addr]),
-                Err(error) => Err(chain(&error)),
+                Err(error) => Err(with_causes(&error)),
             }
         }
         TargetName::Host(name) => {
@@ -261,16 +262,6 @@ fn is_usable(addr: IpAddr) -> bool {
         IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.to_ipv4_mapped().is_some(),
     };
     !local && !addr.is_unspecified() && !addr.is_multicast()
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

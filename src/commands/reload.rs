@@ -7,6 +7,7 @@ use anyhow::bail;
 use serde_json::{Value, json};
 
 use super::output::{print_json, results};
+use crate::causes::with_causes;
 use crate::cli::{Global, ReloadArgs};
 use crate::control::client::{self, Client, Error};
 use crate::control::messages::{FailureKind, Request};
@@ -100,7 +101,7 @@ pub(super) fn ask(
                 answers.insert(name, answer);
             }
             Err(error) => {
-                super::say(&format!("{name}: {}", describe(&error)));
+                super::say(&format!("{name}: {}", with_causes(&error)));
                 let kind = match &error {
                     Error::Failed(failure) => failure.kind,
                     _ => FailureKind::Failed,
@@ -110,7 +111,7 @@ pub(super) fn ask(
                 } else {
                     1
                 });
-                answers.insert(name, json!({ "error": describe(&error) }));
+                answers.insert(name, json!({ "error": with_causes(&error) }));
             }
         }
     }
@@ -125,14 +126,4 @@ fn shown_name(name: &str) -> &str {
     name.strip_suffix(".instance")
         .or_else(|| name.strip_suffix(".process"))
         .unwrap_or(name)
-}
-
-fn describe(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }

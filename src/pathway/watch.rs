@@ -30,13 +30,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tracing::{debug, error, info};
 
+use crate::causes::with_causes;
 use crate::model::Pathway;
 
 use super::host::{self, Error, Host, Means, Options, Reading};
 use super::plan::{self, Change, Goal};
 use culprit::Culprits;
 use events::{Events, News, Parts};
-use mend::chain;
 use pieces::Losses;
 use repairs::{Published, Repairs};
 use storm::Storms;
@@ -212,7 +212,7 @@ impl Keeper {
             Err(error) => {
                 // what was read may be of two moments
                 self.news.parts = Parts::ALL;
-                self.complain(BTreeSet::from([chain(&error)]));
+                self.complain(BTreeSet::from([with_causes(&error)]));
             }
         }
     }

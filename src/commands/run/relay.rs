@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use tracing::{debug, info, warn};
 
 use super::plan::Spec;
+use crate::causes::with_causes;
 use crate::config::Configuration;
 use crate::model::{Endpoint, Instance, Listen, Mark, Pathway};
 use crate::pathway::{self, Firewall};
@@ -289,12 +290,6 @@ pub(super) struct Chain(Error);
 
 impl std::fmt::Display for Chain {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut cause = std::error::Error::source(&self.0);
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
+        f.write_str(&with_causes(&self.0))
     }
 }

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::Asked;
+use crate::causes::with_causes;
 use crate::doctor::evidence::{Host, Missing, Pathway, Place, Shadow};
 use crate::doctor::probe;
 use crate::model::{self, Family, TargetAddr};
@@ -28,7 +29,7 @@ pub(super) async fn look_at_routing(
                 match netlink.seen_rules(family).await {
                     Ok(rules) => host.rules.extend(rules),
                     Err(error) if family == Family::V6 && error.errno().is_some() => {}
-                    Err(error) => host.unseen.push(chain(&error)),
+                    Err(error) => host.unseen.push(with_causes(&error)),
                 }
                 let way = ask(&netlink, probe::nobody(family, 0)).await;
                 if way.kind.as_deref() == Some("unicast") {
@@ -36,7 +37,7 @@ pub(super) async fn look_at_routing(
                 }
             }
         }
-        Err(error) => host.unseen.push(chain(&error)),
+        Err(error) => host.unseen.push(with_causes(&error)),
     }
     let mut by_mark = BTreeMap::new();
     for one in asked {
@@ -45,7 +46,7 @@ pub(super) async fn look_at_routing(
     let wanted: Vec<model::Pathway> = by_mark.values().map(|one| one.pathway.clone()).collect();
     let (listed, unread) = match pathway::list(&wanted, firewall).await {
         Ok(listed) => (listed, None),
-        Err(error) => (Vec::new(), Some(chain(&error))),
+        Err(error) => (Vec::new(), Some(with_causes(&error))),
     };
     let listed: BTreeMap<_, _> = listed
         .into_iter()
@@ -75,17 +76,6 @@ pub(super) async fn look_at_routing(
             }
         })
         .collect()
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }
 
 fn missing(finding: &pathway::Finding) -> Missing {

@@ -7,9 +7,9 @@ use tracing::{debug, info, warn};
 
 use super::pieces::Piece;
 use super::{Keeper, Round};
+use crate::causes::with_causes;
 use crate::model::{Mark, Pathway};
 use crate::pathway::firewall::{self, same_transaction};
-use crate::pathway::host::Error;
 use crate::pathway::piece::Step;
 use crate::pathway::plan::{Change, Conflict, Outcome, Plan};
 
@@ -60,7 +60,7 @@ impl Keeper {
                         .failures
                         .insert("lo is down, and routes need it".to_owned());
                 }
-                Err(error) => _ = round.failures.insert(chain(&error)),
+                Err(error) => _ = round.failures.insert(with_causes(&error)),
             }
         }
     }
@@ -112,17 +112,6 @@ fn some_of(texts: &[impl AsRef<str>]) -> String {
     let more = texts.len().saturating_sub(NAMED);
     if more > 0 {
         text.push_str(&format!("; and {more} more"));
-    }
-    text
-}
-
-/// An error with its causes, in one line.
-pub(super) fn chain(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
     }
     text
 }
