@@ -79,7 +79,23 @@ pub(super) fn begin(conn: &Conn, client: net::TcpStream) -> Begun {
             return Begun::Over;
         }
     };
-    let verdict = judge(conn, received);
+    let opened = match judge(conn, received) {
+        Verdict::Opened(opened) => Some(opened),
+        Verdict::Incomplete if conn.may_wait() => None,
+        Verdict::Incomplete => {
+            refuse(
+                conn,
+                Refusal::TooManyWaiting,
+                "refused: too many connections wait for their PROXY header",
+            );
+            socket::reset_on_close(&client);
+            return Begun::Over;
+        }
+        Verdict::Refused => {
+            socket::reset_on_close(&client);
+            return Begun::Over;
+        }
+    };
     let client = match TcpStream::from_std(client) {
         Ok(client) => client,
         Err(error) => {
@@ -87,37 +103,19 @@ pub(super) fn begin(conn: &Conn, client: net::TcpStream) -> Begun {
             return Begun::Over;
         }
     };
-    match verdict {
-        Verdict::Opened(opened) if opened.connected => {
-            conn.counters.header_wait.observe(Duration::ZERO);
-            Begun::Ready(paired(conn, client, opened))
-        }
-        Verdict::Opened(opened) => {
-            conn.counters.header_wait.observe(Duration::ZERO);
-            let conn = conn.clone();
-            Begun::Slow(Box::pin(async move {
-                finish_connect(&conn, client, opened).await
-            }))
-        }
-        Verdict::Incomplete if !conn.may_wait() => {
-            refuse(
-                conn,
-                Refusal::TooManyWaiting,
-                "refused: too many connections wait for their PROXY header",
-            );
-            socket::reset_on_close(&client);
-            Begun::Over
-        }
-        Verdict::Incomplete => {
-            let received = received.to_vec();
-            let waiting = Waiting::new(conn);
-            Begun::Slow(Box::pin(finish_header(waiting, client, received)))
-        }
-        Verdict::Refused => {
-            socket::reset_on_close(&client);
-            Begun::Over
-        }
+    let Some(opened) = opened else {
+        let received = received.to_vec();
+        let waiting = Waiting::new(conn);
+        return Begun::Slow(Box::pin(finish_header(waiting, client, received)));
+    };
+    conn.counters.header_wait.observe(Duration::ZERO);
+    if opened.connected {
+        return Begun::Ready(paired(conn, client, opened));
     }
+    let conn = conn.clone();
+    Begun::Slow(Box::pin(async move {
+        finish_connect(&conn, client, opened).await
+    }))
 }
 
 fn is_for_later(error: &io::Error) -> bool {
