@@ -37,6 +37,29 @@ impl Old {
         old
     }
 
+    /// The second recipe of cloudflare/mmproxy's README, which marks.
+    pub(crate) fn route_marks(&self) {
+        let wks = &self.lab.wks;
+        wks.sysctl("net.ipv4.conf.eth0.route_localnet", "1");
+        for program in ["iptables", "ip6tables"] {
+            let comment = "-m comment --comment mmproxy -j CONNMARK";
+            wks.run(&format!(
+                "{program} -t mangle -I PREROUTING -m mark --mark 123 {comment} --save-mark"
+            ));
+            wks.run(&format!(
+                "{program} -t mangle -I OUTPUT -m connmark --mark 123 {comment} --restore-mark"
+            ));
+        }
+        for words in [
+            "rule add fwmark 123 lookup 100",
+            "-6 rule add fwmark 123 lookup 100",
+            "route add local 0.0.0.0/0 dev lo table 100",
+            "-6 route add local ::/0 dev lo table 100",
+        ] {
+            wks.ip(words);
+        }
+    }
+
     /// The routing of go-mmproxy's, mmproxy-rs's and the JSON form's READMEs, and cloudflare's first.
     pub(crate) fn with_loopback_routing(table: u32) -> Self {
         let old = Self::new();

@@ -194,25 +194,7 @@ fn cloudflares_mmproxy() {
     let services = machine.old.services(22);
     machine.has("/usr/local/bin/mmproxy", OLD_PROGRAM);
     machine.has("/etc/networks.txt", "10.0.0.0/24\n");
-    // its second recipe
-    wks.sysctl("net.ipv4.conf.eth0.route_localnet", "1");
-    for program in ["iptables", "ip6tables"] {
-        let comment = "-m comment --comment mmproxy -j CONNMARK";
-        wks.run(&format!(
-            "{program} -t mangle -I PREROUTING -m mark --mark 123 {comment} --save-mark"
-        ));
-        wks.run(&format!(
-            "{program} -t mangle -I OUTPUT -m connmark --mark 123 {comment} --restore-mark"
-        ));
-    }
-    for words in [
-        "rule add fwmark 123 lookup 100",
-        "-6 rule add fwmark 123 lookup 100",
-        "route add local 0.0.0.0/0 dev lo table 100",
-        "-6 route add local ::/0 dev lo table 100",
-    ] {
-        wks.ip(words);
-    }
+    machine.old.route_marks();
     machine.step(1);
     machine.step(2);
     wks.wait_listening(2222);

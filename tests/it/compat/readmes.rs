@@ -98,27 +98,10 @@ fn cloudflares_mmproxy_over_loopback() {
 
 #[test]
 fn cloudflares_mmproxy_over_marks() {
-    // its other recipe, which marks and needs mark 123 although no flag says so
+    // it needs mark 123 although no flag says so
     let old = Old::new();
+    old.route_marks();
     let wks = &old.lab.wks;
-    wks.sysctl("net.ipv4.conf.eth0.route_localnet", "1");
-    for program in ["iptables", "ip6tables"] {
-        let comment = "-m comment --comment mmproxy -j CONNMARK";
-        wks.run(&format!(
-            "{program} -t mangle -I PREROUTING -m mark --mark 123 {comment} --save-mark"
-        ));
-        wks.run(&format!(
-            "{program} -t mangle -I OUTPUT -m connmark --mark 123 {comment} --restore-mark"
-        ));
-    }
-    for words in [
-        "rule add fwmark 123 lookup 100",
-        "-6 rule add fwmark 123 lookup 100",
-        "route add local 0.0.0.0/0 dev lo table 100",
-        "-6 route add local ::/0 dev lo table 100",
-    ] {
-        wks.ip(words);
-    }
     let services = old.services(22);
     wks.write("networks.txt", "10.0.0.0/24\n");
     let relay = old.run("mmproxy -a networks.txt -l 0.0.0.0:2222 -4 127.0.0.1:22 -6 '[::1]:22'");

@@ -1,6 +1,7 @@
 //! Small pieces of many connections, which pass through one ring together, and the same without one.
 
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::sync::Barrier;
 
 use mmproxyctl::relay::workers::IoUring;
@@ -19,6 +20,23 @@ fn bytes(connection: usize, number: usize, length: usize) -> Vec<u8> {
         .collect()
 }
 
+/// Does something with each of so many relayed connections, all of them at the same time.
+fn at_once(lab: &Lab, relay: &Relay, connections: usize, work: impl Fn(usize, TcpStream) + Sync) {
+    let streams: Vec<_> = (0..connections)
+        .map(|number| lab.connect(relay, &format!("192.0.2.{}:4000", number + 1)))
+        .collect();
+    let start = Barrier::new(connections);
+    std::thread::scope(|scope| {
+        for (connection, stream) in streams.into_iter().enumerate() {
+            let (start, work) = (&start, &work);
+            scope.spawn(move || {
+                start.wait();
+                work(connection, stream);
+            });
+        }
+    });
+}
+
 #[test]
 fn nobody_gets_anothers_bytes() {
     const CONNECTIONS: usize = 24;
@@ -26,20 +44,10 @@ fn nobody_gets_anothers_bytes() {
         let lab = Lab::new();
         let service = Service::echo(&lab.wks, "127.0.0.1:0");
         let relay = Relay::start_with(&lab.wks, settings(&[service.addr]), io_uring);
-        let streams: Vec<_> = (0..CONNECTIONS)
-            .map(|number| lab.connect(&relay, &format!("192.0.2.{}:4000", number + 1)))
-            .collect();
-        let start = Barrier::new(CONNECTIONS);
-        std::thread::scope(|scope| {
-            for (connection, mut stream) in streams.into_iter().enumerate() {
-                let start = &start;
-                scope.spawn(move || {
-                    start.wait();
-                    for number in 0..90 {
-                        let length = SIZES[(number * number + connection) % SIZES.len()];
-                        exchange(&mut stream, &bytes(connection, number, length));
-                    }
-                });
+        at_once(&lab, &relay, CONNECTIONS, |connection, mut stream| {
+            for number in 0..90 {
+                let length = SIZES[(number * number + connection) % SIZES.len()];
+                exchange(&mut stream, &bytes(connection, number, length));
             }
         });
         relay.wait("all over", |totals| totals.active == 0);
@@ -95,24 +103,14 @@ fn resets_among_others_bytes() {
         let service = Service::echo(&lab.wks, "127.0.0.1:0");
         let relay = Relay::start_with(&lab.wks, settings(&[service.addr]), io_uring);
         for round in 0..5 {
-            let streams: Vec<_> = (0..CONNECTIONS)
-                .map(|number| lab.connect(&relay, &format!("192.0.2.{}:4000", number + 1)))
-                .collect();
-            let start = Barrier::new(CONNECTIONS);
-            std::thread::scope(|scope| {
-                for (connection, mut stream) in streams.into_iter().enumerate() {
-                    let start = &start;
-                    scope.spawn(move || {
-                        start.wait();
-                        if connection % 2 == 0 {
-                            stream.write_all(&bytes(connection, round, 3000)).unwrap();
-                            reset(stream);
-                        } else {
-                            for number in 0..20 {
-                                exchange(&mut stream, &bytes(connection, number, 3000));
-                            }
-                        }
-                    });
+            at_once(&lab, &relay, CONNECTIONS, |connection, mut stream| {
+                if connection % 2 == 0 {
+                    stream.write_all(&bytes(connection, round, 3000)).unwrap();
+                    reset(stream);
+                } else {
+                    for number in 0..20 {
+                        exchange(&mut stream, &bytes(connection, number, 3000));
+                    }
                 }
             });
             relay.wait("all over", |totals| totals.active == 0);
