@@ -146,6 +146,11 @@ impl Registry {
         &self.mailboxes[worker as usize].wake
     }
 
+    /// Has every worker look at what it is told, also one with nothing to do.
+    pub(super) fn wake_all(&self) {
+        self.mailboxes.iter().for_each(Mailbox::wake);
+    }
+
     /// Takes a worker's notes.
     pub(super) fn notes(&self, worker: u32) -> Vec<Note> {
         let mailbox = &self.mailboxes[worker as usize];
