@@ -108,6 +108,7 @@ impl Worker {
     pub(super) fn hold(&mut self, flow: Arc<Flow>, port_taken: bool) -> Id {
         let (key, proxy) = (flow.route.key, flow.route.path.proxy().ip());
         let socket = flow.socket();
+        let answered = flow.bytes().1 > 0;
         flow.set_used(self.now);
         let id = self.flows.insert(
             key,
@@ -121,7 +122,7 @@ impl Worker {
                 last: NONE,
                 overflow: 0,
                 asked: false,
-                answered: false,
+                answered,
             },
         );
         self.counters.flows.add(1);
