@@ -13,6 +13,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::RawFd;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -47,6 +48,7 @@ mod lifecycle;
 mod outbound;
 mod refusals;
 mod replies;
+mod room;
 mod view;
 
 /// How many datagrams one flow's answers may take of a batch before the next flow's turn.
@@ -138,6 +140,8 @@ pub(super) struct Worker {
     /// Flows whose answers were not all read in their turn.
     unfinished: Vec<Id>,
     recent: Recent,
+    /// The first descriptor that flows leave alone, as it was last looked up.
+    spare_from: RawFd,
 }
 
 /// A socket that answers are sent from.
@@ -213,6 +217,7 @@ impl Worker {
             to_client: SegmentLimit::default(),
             unfinished: Vec::new(),
             recent: Recent::default(),
+            spare_from: 0,
             common,
         })
     }
