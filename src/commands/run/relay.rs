@@ -238,6 +238,20 @@ impl Relay {
         })
     }
 
+    /// What a line means for it that wants another number of listeners than it has, where that is kept.
+    pub(super) fn keeps_its_sockets(&self, instance: &Instance) -> Option<String> {
+        let wanted = usize::try_from(u32::from(instance.options.listeners?)).ok()?;
+        let places = instance.listen.endpoints().count();
+        let count = self.server.listeners().ok()?.len() / places.max(1);
+        (count != wanted).then(|| {
+            format!(
+                "{}: keeps {count} listeners on {} until it is stopped and started: its flows are known to \
+                 these",
+                instance.name, instance.listen
+            )
+        })
+    }
+
     /// Its lock for another process.
     pub(super) fn share_lock(&self) -> Option<std::io::Result<std::os::fd::OwnedFd>> {
         self.lock.borrow().as_ref().map(Lock::share)

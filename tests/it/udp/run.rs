@@ -144,6 +144,23 @@ fn a_reload_keeps_the_flows() {
     old.assert_nothing_more();
 }
 
+/// A relay on other sockets would not know whose the flows are that go on without a header.
+#[test]
+fn a_reload_with_other_listeners_keeps_the_flows() {
+    let rig = Rig::new(",udp-header=first");
+    let _relay = rig.start();
+    let proxy = rig.proxy();
+    proxy.exchange("203.0.113.7:4000", b"before");
+    rig.service.peer_of(b"before");
+    rig.instance(&rig.service, ",udp-header=first,listeners=5");
+    let said = done(&rig.wks, "reload echo");
+    assert!(said.contains("changed: echo"), "{said}");
+    assert!(said.contains("listeners on 10.0.0.1:5300 until"), "{said}");
+    proxy.send(&[b"as before"]);
+    assert_eq!(proxy.answer(), b"as before");
+    assert_eq!(rig.service.peer_of(b"as before"), addr("203.0.113.7:4000"));
+}
+
 /// Where descriptors are short, whoever floods pays, and the process can be asked what is going on.
 #[test]
 fn a_flood_without_descriptors_leaves_the_others_alone() {
