@@ -75,7 +75,9 @@ pub(super) fn unwanted(pathways: &[Pathway], rules: &BTreeSet<Rule>, firewall: &
         .map(|pathway| (pathway.mark.get(), pathway))
         .collect();
     let mut unwanted = ByMark::new();
-    for rule in rules.iter().filter(|rule| rule.is_ours() && !rule.iif_lo) {
+    // those of routers' ICMP are from anywhere, and go with the last target
+    let of_target = |rule: &&Rule| rule.is_ours() && !rule.iif_lo && !rule.icmp;
+    for rule in rules.iter().filter(of_target) {
         let Some(pathway) = rule.pathway_mark().and_then(|mark| by_mark.get(&mark)) else {
             continue;
         };

@@ -15,6 +15,7 @@ mod import;
 mod leaving;
 mod listen;
 mod manual;
+mod narrow;
 mod packages;
 mod pathway;
 mod probe;

@@ -46,6 +46,7 @@ impl Worker {
                     }
                 },
             };
+            self.moved += received;
             for slot in 0..received {
                 self.take_in(at, slot);
             }
