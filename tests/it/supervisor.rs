@@ -269,11 +269,12 @@ fn pathways_are_kept_by_the_process_that_manages_them() {
     // what a reload removes is not put back, and what it adds is kept
     lab.instances(&[("a", 124, 2001, 9001)]);
     lab.reload("all");
-    lost("124");
-    wait_for("a repair of the new pathway", || kept(124, pid, 1));
     wait_for("the other one to go", || {
         !lab.host.ip("rule").contains("lookup 123")
     });
+    lost("124");
+    wait_for("a repair of the new pathway", || kept(124, pid, 1));
+    assert!(!lab.host.ip("rule").contains("lookup 123"));
     // who takes over keeps them, and begins to count
     let output = lab.ctl("upgrade --json");
     assert!(output.status.success(), "{}", stderr(&output));
