@@ -203,9 +203,9 @@ pub struct PathwayWatchArgs {
 
 const WATCH_HELP: &str = "\
 Runs in the foreground until SIGTERM or SIGINT, then removes the pathways. Reads the files again when
-they change, and on SIGHUP; a mistake in them changes nothing. Every repair is logged with what was lost
-and who took it, as far as the kernel tells. What takes a pathway away again and again is given way to,
-for up to 30 s at a time.";
+they change, and on SIGHUP; a mistake in them changes nothing. What they no longer want stays while
+connections use it. Every repair is logged with what was lost and who took it, as far as the kernel
+tells. What takes a pathway away again and again is given way to, for up to 30 s at a time.";
 
 /// `run`.
 #[derive(Debug, Default, Args)]

@@ -11,6 +11,7 @@ mod edge_config;
 mod explain;
 mod files;
 mod import;
+mod leaving;
 mod legacy;
 mod link;
 mod manual;

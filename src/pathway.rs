@@ -7,13 +7,15 @@
 //! | [`netlink`] | rules and routes through rtnetlink |
 //! | [`firewall`] | what gives replies their mark: the choice of a back end, and the back ends |
 //! | [`leftovers`] | what the old programs' routing left, found by its shape |
+//! | [`in_use`] | what open connections still need of what no file wants any more |
 //! | [`host`] | lock, read, diff, apply, read back, verify, undo |
 //! | [`watch`] | keeping them: told of changes, reading again, repairing, counting |
 //!
-//! Must not know: connections, configuration files, how a report is shown.
+//! Must not know: relays, configuration files, how a report is shown.
 
 pub mod firewall;
 pub mod host;
+pub mod in_use;
 pub mod leftovers;
 pub mod netlink;
 pub mod piece;
@@ -52,6 +54,15 @@ pub async fn add(wanted: &[Pathway], options: &Options) -> Result<Report, Error>
 /// As [`add`].
 pub async fn del(wanted: &[Pathway], options: &Options) -> Result<Report, Error> {
     host::change(Goal::Del, wanted, options).await
+}
+
+/// How many connections are open on each of these pathways that has any, whosever they are. None, where the
+/// kernel does not tell.
+pub fn connections(pathways: &[Pathway]) -> BTreeMap<Mark, usize> {
+    in_use::connections(pathways).unwrap_or_else(|error| {
+        tracing::warn!(%error, "this kernel does not tell which connections are open");
+        BTreeMap::new()
+    })
 }
 
 /// What is missing of these pathways; empty when all is in place.
@@ -188,6 +199,8 @@ pub enum State {
     Absent,
     /// Ours, and no file names it.
     NotConfigured,
+    /// The same, and connections are open there.
+    Leaving,
 }
 
 impl fmt::Display for State {
@@ -198,6 +211,7 @@ impl fmt::Display for State {
             Self::Partial => "incomplete",
             Self::Absent => "absent",
             Self::NotConfigured => "in no file",
+            Self::Leaving => "in no file, in use",
         })
     }
 }
@@ -219,6 +233,10 @@ pub struct Listed {
     pub missing: Vec<Finding>,
     /// What the next `add` replaces, adopts or removes, as commands.
     pub stale: Vec<String>,
+    /// What is wanted no more, and stays in place for the connections that are open there; none where that is
+    /// nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub still_used: Option<String>,
 }
 
 /// Every pathway that is wanted, then every one of ours in the kernel that is not.
@@ -231,7 +249,8 @@ pub async fn list(wanted: &[Pathway], firewall: Firewall) -> Result<Vec<Listed>,
         changes, conflicts, ..
     } = plan::plan(Goal::Add, wanted, &reading.facts, &reading.present);
     let mut count = BTreeMap::<Mark, usize>::new();
-    for mark in plan::Wanted::new(wanted, &reading.facts).marks(&reading.facts) {
+    let with_used = reading.facts.with_used(wanted);
+    for mark in plan::Wanted::new(&with_used, &reading.facts).marks(&reading.facts) {
         *count.entry(mark).or_default() += 1;
     }
     let mut missing = BTreeMap::<Mark, Vec<Finding>>::new();
@@ -272,15 +291,26 @@ pub async fn list(wanted: &[Pathway], firewall: Firewall) -> Result<Vec<Listed>,
                 wanted,
                 missing,
                 stale,
+                still_used: (reading.facts.still_used.get(&mark)).map(ToString::to_string),
             }
         })
         .collect();
-    listed.extend(not_configured(
-        wanted,
-        &reading.present,
-        &host::our_routes().await?,
-    ));
+    let mut others = not_configured(wanted, &reading.present, &host::our_routes().await?);
+    mark_leaving(&mut others);
+    listed.append(&mut others);
     Ok(listed)
+}
+
+/// Tells those that connections still use.
+fn mark_leaving(listed: &mut [Listed]) {
+    let marks = listed.iter().filter_map(|one| one.mark);
+    let pathways: Vec<Pathway> = marks.filter_map(Pathway::with_defaults).collect();
+    let used = connections(&pathways);
+    for one in listed {
+        if one.mark.is_some_and(|mark| used.contains_key(&mark)) {
+            one.state = State::Leaving;
+        }
+    }
 }
 
 /// What carries our tag and belongs to none of these pathways, by table, then by mark of the lines.
@@ -316,6 +346,7 @@ fn not_configured(
         wanted: 0,
         missing: Vec::new(),
         stale: Vec::new(),
+        still_used: None,
     };
     let mut listed = Vec::new();
     for (table, mark) in tables {

@@ -19,6 +19,7 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::model::{ClientAddr, Endpoint, Family, ListenAddr, Mark, PortPolicy, TargetAddr};
 
+pub mod connected;
 pub mod listening;
 pub mod stream;
 pub mod udp;

@@ -1,5 +1,6 @@
 //! Told by the kernel when a file of the configuration changes: `run --watch-config`, `pathway watch`.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -9,7 +10,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::unix::AsyncFd;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use crate::config::Configuration;
 
@@ -19,7 +20,11 @@ const QUIET: Duration = Duration::from_millis(200);
 const LONGEST: Duration = Duration::from_secs(2);
 
 /// Watches directories, not files: editors and deployments replace files, and a watch goes with its inode.
-pub(super) struct Watch(AsyncFd<Descriptor>);
+pub(super) struct Watch {
+    descriptor: AsyncFd<Descriptor>,
+    /// The first and the last change that [`Watch::changed`] has not told of yet.
+    told: Cell<Option<(Instant, Instant)>>,
+}
 
 struct Descriptor(Inotify);
 
@@ -40,7 +45,10 @@ impl Watch {
             reason = "tokio cannot know that the number stays the same"
         )]
         let watched = unsafe { AsyncFd::register(Descriptor(inotify)) };
-        Ok(Self(watched.map_err(io::Error::from)?))
+        Ok(Self {
+            descriptor: watched.map_err(io::Error::from)?,
+            told: Cell::default(),
+        })
     }
 
     /// Watches these directories; one that is watched stays so.
@@ -51,27 +59,39 @@ impl Watch {
                 | AddWatchFlags::IN_DELETE
                 | AddWatchFlags::IN_MOVE
                 | AddWatchFlags::IN_ATTRIB;
-            self.0.get_ref().0.add_watch(&directory, events)?;
+            self.descriptor.get_ref().0.add_watch(&directory, events)?;
         }
         Ok(())
     }
 
     /// Waits for a change, and until it is quiet again. Cancel-safe: a change is told later then.
     pub(super) async fn changed(&self) -> io::Result<()> {
-        drop(self.0.readable().await?);
-        let settled = async {
-            while let Ok(news) = timeout(QUIET, self.read()).await {
-                news?;
+        loop {
+            let Some((first, last)) = self.told.get() else {
+                self.read().await?;
+                let now = Instant::now();
+                self.told.set(Some((now, now)));
+                continue;
+            };
+            let until = (last + QUIET).min(first + LONGEST);
+            match timeout_at(until, self.read()).await {
+                Ok(news) => {
+                    news?;
+                    self.told.set(Some((first, Instant::now())));
+                }
+                Err(_elapsed) => {
+                    self.told.set(None);
+                    return Ok(());
+                }
             }
-            Ok(())
-        };
-        timeout(LONGEST, settled).await.unwrap_or(Ok(()))
+        }
     }
 
+    /// Takes what there is of changes, at least one. Cancel-safe: nothing is waited for once they are taken.
     async fn read(&self) -> io::Result<()> {
         loop {
-            let mut ready = self.0.readable().await?;
-            match self.0.get_ref().0.read_events() {
+            let mut ready = self.descriptor.readable().await?;
+            match self.descriptor.get_ref().0.read_events() {
                 Ok(_) => return Ok(()),
                 Err(Errno::EAGAIN) => ready.clear_ready(),
                 Err(errno) => return Err(errno.into()),
@@ -97,4 +117,32 @@ pub(super) fn directories(configuration: &Configuration) -> BTreeSet<PathBuf> {
         }
     });
     parents.chain([configuration.directory.clone()]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::timeout;
+
+    #[test]
+    fn a_change_is_told_however_often_the_wait_for_it_is_given_up() {
+        let runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = { runtime }.enable_all().build().unwrap();
+        runtime.block_on(async {
+            let directory = tempfile::tempdir().unwrap();
+            let watch = Watch::new().unwrap();
+            watch.follow([directory.path().to_owned()]).unwrap();
+            std::fs::write(directory.path().join("pathways.conf"), "123\n").unwrap();
+            // as in a loop that has other things to do more often than a change takes to settle
+            let moment = QUIET / 4;
+            let mut waits = 0;
+            while timeout(moment, watch.changed()).await.is_err() {
+                waits += 1;
+                assert!(waits < 100, "the change was lost");
+            }
+            assert!(waits > 0, "it was not waited for the quiet after it");
+            // and once
+            assert!(timeout(2 * QUIET, watch.changed()).await.is_err());
+        });
+    }
 }

@@ -16,6 +16,7 @@ use crate::runtime_dir::{self, Attempt, Lock, RuntimeDir};
 use super::firewall::switch::{self, Switch};
 use super::firewall::table::Table;
 use super::firewall::{self, Backend, Firewall, Firewalls, same_transaction};
+use super::in_use::{self, ByMark};
 use super::netlink::{self, Lookup, Netlink, RoutesOf};
 use super::piece::{FoundRoute, Made, Step};
 use super::plan::{self, Change, Conflict, Facts, Goal, Plan, Present, wants_lines};
@@ -327,10 +328,11 @@ impl Host {
     /// Everything that matters to these pathways.
     pub(super) async fn read(&self, pathways: &[Pathway]) -> Result<Reading, Error> {
         let firewall = self.firewalls.read().await?;
-        let (facts, notes) = self.read_facts(pathways, &firewall).await?;
+        let present = self.present(pathways, firewall).await?;
+        let (facts, notes) = self.read_facts(pathways, &present).await?;
         Ok(Reading {
-            present: self.present(pathways, firewall).await?,
             facts,
+            present,
             notes,
         })
     }
@@ -339,11 +341,11 @@ impl Host {
     pub(super) async fn read_facts(
         &self,
         pathways: &[Pathway],
-        firewall: &firewall::Found,
+        present: &Present,
     ) -> Result<(Facts, Vec<String>), Error> {
-        let backend = self.firewalls.backend(firewall);
+        let backend = self.firewalls.backend(&present.firewall);
         let mut notes = Vec::new();
-        if firewall.nftables == Some(Table::Unreadable) {
+        if present.firewall.nftables == Some(Table::Unreadable) {
             let unreadable = firewall::Error::Unreadable;
             match self.goal {
                 Goal::Del => return Err(unreadable.into()),
@@ -351,15 +353,49 @@ impl Host {
             }
         }
         let served = self.served(pathways, backend, &mut notes)?;
-        let facts = self.facts(pathways, served, backend).await?;
+        let still_used = self.still_used(pathways, backend, present, &mut notes);
+        let mut facts = self.facts(served, backend, still_used).await?;
+        self.read_own(pathways, &mut facts).await?;
         let any_lines = || {
-            let mut all = pathways.iter();
+            let with_used = facts.with_used(pathways);
+            let mut all = with_used.iter();
             all.any(|one| wants_lines(one, &facts) || !one.interceptions.is_empty())
         };
         if self.goal == Goal::Add && any_lines() {
             self.firewalls.require(backend, Family::V4)?;
         }
         Ok((facts, notes))
+    }
+
+    /// What connections still need. Where the kernel cannot say, what is not wanted goes at once.
+    fn still_used(
+        &self,
+        pathways: &[Pathway],
+        backend: Backend,
+        present: &Present,
+        notes: &mut Vec<String>,
+    ) -> ByMark {
+        if self.goal == Goal::Del {
+            return ByMark::new();
+        }
+        match in_use::still_used(pathways, backend, present) {
+            Ok(still_used) => {
+                notes.extend(still_used.iter().map(|(mark, ways)| {
+                    format!(
+                        "mark {mark}: no file wants {ways} any more, and the rules for it stay while connections \
+                         use them"
+                    )
+                }));
+                still_used
+            }
+            Err(error) => {
+                notes.push(format!(
+                    "this kernel does not tell which connections are open ({error}): rules that no file wants go at \
+                     once, and with them what needs them"
+                ));
+                ByMark::new()
+            }
+        }
     }
 
     /// The families that pathways are served in.
@@ -395,9 +431,9 @@ impl Host {
 
     async fn facts(
         &self,
-        pathways: &[Pathway],
         families: Vec<Family>,
         backend: Backend,
+        still_used: ByMark,
     ) -> Result<Facts, Error> {
         let mut facts = Facts {
             families,
@@ -406,6 +442,7 @@ impl Host {
             own: BTreeSet::new(),
             backend,
             may_set_sysctls: self.means.set_sysctls,
+            still_used,
         };
         for (family, to) in Family::BOTH.into_iter().zip(ANYWHERE) {
             if !facts.families.contains(&family) {
@@ -424,16 +461,27 @@ impl Host {
                 facts.route_localnet |= switch(&path)?;
             }
         }
-        for target in pathways.iter().flat_map(|pathway| &pathway.targets) {
+        Ok(facts)
+    }
+
+    /// Which targets are this host's own.
+    async fn read_own(&self, pathways: &[Pathway], facts: &mut Facts) -> Result<(), Error> {
+        let mut own = BTreeSet::new();
+        for target in facts
+            .with_used(pathways)
+            .iter()
+            .flat_map(|one| &one.targets)
+        {
             let single = target.prefix_len() == target.max_prefix_len();
             if single
                 && facts.families.contains(&Family::of(target.addr()))
                 && self.netlink.lookup(target.addr()).await? == Lookup::Local
             {
-                facts.own.insert(target.addr());
+                own.insert(target.addr());
             }
         }
-        Ok(facts)
+        facts.own = own;
+        Ok(())
     }
 
     async fn present(

@@ -141,8 +141,10 @@ pub fn tables_to_read(pathways: &[Pathway], rules: &BTreeSet<Rule>) -> BTreeSet<
     owned.chain(scripts).collect()
 }
 
-/// What must change so that the kernel holds what the goal says of these pathways.
+/// What must change so that the kernel holds what the goal says of these pathways, and what open connections
+/// still need.
 pub fn plan(goal: Goal, pathways: &[Pathway], facts: &Facts, present: &Present) -> Plan {
+    let pathways = &*facts.with_used(pathways);
     let wanted = match goal {
         Goal::Add => Wanted::new(pathways, facts),
         Goal::Del => Wanted::default(),

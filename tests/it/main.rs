@@ -12,6 +12,7 @@ mod doctor;
 mod edge;
 mod header;
 mod import;
+mod leaving;
 mod listen;
 mod manual;
 mod narrow;

@@ -80,7 +80,7 @@ pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn echo(listener: &TcpListener, port: u16) {
+pub(crate) fn echo(listener: &TcpListener, port: u16) {
     for stream in listener.incoming() {
         let Ok(mut stream) = stream else { return };
         // a connection that sends nothing costs no thread's stack worth speaking of
@@ -222,11 +222,9 @@ fn pathways_are_installed_and_removed() {
     let changes = lab.reload("all");
     assert_eq!(changes["pathways_appeared"], serde_json::json!([124]));
     assert_eq!(changes["pathways_disappeared"], serde_json::json!([123]));
-    assert!(
-        !lab.host.ip("rule").contains("fwmark 0x7b"),
-        "{}",
-        lab.host.ip("rule")
-    );
+    wait_for("the pathway to go that no connection uses", || {
+        !lab.host.ip("rule").contains("fwmark 0x7b")
+    });
     assert_eq!(lab.proxied(2001, 40001).expect("relayed").service, 9001);
     running.signal(Signal::SIGTERM);
     assert!(running.wait(Duration::from_secs(10)).success());
@@ -271,6 +269,9 @@ fn pathways_are_kept_by_the_process_that_manages_them() {
     // what a reload removes is not put back, and what it adds is kept
     lab.instances(&[("a", 124, 2001, 9001)]);
     lab.reload("all");
+    wait_for("the other one to go", || {
+        !lab.host.ip("rule").contains("lookup 123")
+    });
     lost("124");
     wait_for("a repair of the new pathway", || kept(124, pid, 1));
     assert!(!lab.host.ip("rule").contains("lookup 123"));

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use mmproxyctl::pathway::Firewall;
 
-use crate::pathway::{assert_same, finish, listing, programs};
+use crate::pathway::{assert_same, effects, finish, listing, programs};
 use crate::relay::lab::{SOON, Service, announce};
 use crate::support::net::{Host, Running, wait_for};
 use crate::udp::lab as udp;

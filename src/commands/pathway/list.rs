@@ -78,7 +78,7 @@ pub(super) fn show(listed: &[Listed], kept: &[Repairs], json: bool) -> anyhow::R
         let entry = with_keeper.listed;
         let or_unknown = |value: Option<String>| value.unwrap_or_else(|| "?".to_owned());
         let pieces = match entry.state {
-            State::NotConfigured => "-".to_owned(),
+            State::NotConfigured | State::Leaving => "-".to_owned(),
             _ => format!(
                 "{} of {}",
                 entry.wanted.saturating_sub(entry.missing.len()),
@@ -94,6 +94,15 @@ pub(super) fn show(listed: &[Listed], kept: &[Repairs], json: bool) -> anyhow::R
             with_keeper.kept(),
         ]);
     }
-    writeln!(results(), "{}", trimmed(&table))?;
+    let mut out = results();
+    writeln!(out, "{}", trimmed(&table))?;
+    for one in listed.iter().map(|one| one.listed) {
+        if let (Some(mark), Some(ways)) = (one.mark, &one.still_used) {
+            writeln!(
+                out,
+                "mark {mark}: no file wants {ways} any more, and the rules for it stay while connections use them"
+            )?;
+        }
+    }
     Ok(())
 }

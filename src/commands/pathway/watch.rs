@@ -9,15 +9,16 @@ use sd_notify::NotifyState;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch::Sender;
-use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
 use tracing::{error, info, warn};
 
 use super::{LOCK_LIMIT, configured};
 use crate::cli::{Global, PathwayWatchArgs};
 use crate::commands::drawn;
 use crate::commands::files::Watch;
+use crate::commands::leaving::{Leaving, longest_header};
 use crate::config::{self, PathwayFiles};
-use crate::model::{Mark, Pathway};
+use crate::model::Pathway;
 use crate::pathway::watch::Keeper;
 use crate::pathway::{self, Options};
 use crate::resolve::Resolver;
@@ -60,7 +61,8 @@ pub(super) fn run(
         let resolver = Rc::new(Resolver::default());
         let files = config::load_pathways(&global.config_dir)?;
         let files = resolved(&resolver, files).await;
-        let wanted = Sender::new(configured(&files)?);
+        let leaving = Leaving::new(configured(&files)?);
+        let wanted = Sender::new(leaving.in_place());
         // listens from here on: what happens during the installation is not missed
         let keeper = Keeper::open(wanted.subscribe(), options.clone(), args.poll, NAME)
             .await
@@ -69,14 +71,17 @@ pub(super) fn run(
             global,
             options,
             wanted,
+            leaving,
+            grace: longest_header(files.instances.iter()),
             keeper,
             resolver,
         };
         process.install().await?;
         let kept = process.keep(&mut signals, &changes).await;
         systemd::notify(&[NotifyState::Stopping]);
-        if !args.no_remove {
-            process.remove().await?;
+        match args.no_remove {
+            true => process.leave().await,
+            false => process.remove().await?,
         }
         kept.map(|()| ExitCode::SUCCESS)
     })
@@ -85,7 +90,12 @@ pub(super) fn run(
 struct Process<'g> {
     global: &'g Global,
     options: Options,
+    /// What is to be in place.
     wanted: Sender<Vec<Pathway>>,
+    /// What of that the files have no more.
+    leaving: Leaving,
+    /// For how long that stays, whatever is open.
+    grace: Duration,
     keeper: Keeper,
     resolver: Rc<Resolver>,
 }
@@ -95,6 +105,7 @@ enum Event {
     Stop(&'static str),
     Reload(&'static str),
     Watchdog,
+    Leaving,
 }
 
 impl Process<'_> {
@@ -151,11 +162,13 @@ impl Process<'_> {
                     Event::Reload("a target has another address")
                 }
                 () = watchdog.tick() => Event::Watchdog,
+                () = due(self.leaving.next_look()) => Event::Leaving,
             };
             match event {
                 Event::Due => self.keeper.tend().await,
                 Event::Watchdog => systemd::notify(&[NotifyState::Watchdog]),
                 Event::Reload(why) => self.reload(why).await,
+                Event::Leaving => self.let_go().await,
                 Event::Stop(signal) => {
                     info!(signal, repairs = self.keeper.repairs().total(), "stopping");
                     return Ok(());
@@ -171,33 +184,64 @@ impl Process<'_> {
             Ok(files) => Ok(resolved(&self.resolver, files).await),
             Err(mistakes) => Err(mistakes),
         };
-        let loaded = loaded
-            .map_err(|mistakes| drawn(&mistakes))
-            .and_then(|files| configured(&files).map_err(|error| error.to_string()));
+        let loaded =
+            loaded
+                .map_err(|mistakes| drawn(&mistakes))
+                .and_then(|files| match configured(&files) {
+                    Ok(pathways) => Ok((pathways, longest_header(files.instances.iter()))),
+                    Err(error) => Err(error.to_string()),
+                });
         match loaded {
             Err(mistakes) => error!(
                 why,
                 "not reloaded, the pathways stay as they were:\n{mistakes}"
             ),
-            Ok(new) => {
-                let stays = |mark: Mark| new.iter().any(|pathway| pathway.mark == mark);
-                let mut gone = self.wanted.borrow().clone();
-                gone.retain(|pathway| !stays(pathway.mark));
-                let (pathways, removed) = (new.len(), gone.len());
-                if self.wanted.send_if_modified(|old| {
-                    let changed = *old != new;
-                    *old = new;
-                    changed
-                }) {
-                    self.keeper.tend().await;
-                    if removed > 0 {
-                        self.del(&gone).await;
-                    }
-                    info!(why, pathways, removed, "reloaded");
-                }
-            }
+            Ok((new, grace)) => self.change(why, new, grace).await,
         }
         systemd::notify(&[NotifyState::Ready]);
+    }
+
+    async fn change(&mut self, why: &str, new: Vec<Pathway>, grace: Duration) {
+        let pathways = new.len();
+        if !self.leaving.wants(&new) {
+            // the grace is that of the lines that the open connections came in by
+            self.leaving = self.leaving.change(new, self.grace);
+            self.wanted.send_replace(self.leaving.in_place());
+            self.keeper.tend().await;
+            info!(why, pathways, "reloaded");
+        }
+        self.grace = grace;
+    }
+
+    /// Lets go of what the files no longer want and no connection uses any more. Which connections wait for
+    /// their header, only the relays know.
+    async fn let_go(&mut self) {
+        if let Some(gone) = self.leaving.look(true) {
+            self.wanted.send_replace(self.leaving.in_place());
+            self.keeper.tend().await;
+            if !gone.is_empty() {
+                self.del(&gone).await;
+                info!(removed = gone.len(), "pathways are removed");
+            }
+        }
+    }
+
+    /// Says what stays that nobody will remove.
+    async fn leave(&mut self) {
+        if let Some(gone) = self.leaving.look(false) {
+            self.del(&gone).await;
+        }
+        let marks: Vec<_> = self
+            .leaving
+            .in_no_file()
+            .map(|one| one.mark.to_string())
+            .collect();
+        if !marks.is_empty() {
+            let marks = marks.join(" ");
+            warn!(
+                "pathways that are in no file any more stay, too: mmproxyctl pathway del {marks}"
+            );
+        }
     }
 
     async fn del(&self, pathways: &[Pathway]) {
@@ -214,6 +258,14 @@ impl Process<'_> {
             .with_context(|| format!("cannot delete {}", super::named(&pathways)))?;
         info!(changes = report.changes.len(), "pathways are removed");
         Ok(())
+    }
+}
+
+/// Waits for a moment, or for ever. Cancel-safe.
+async fn due(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

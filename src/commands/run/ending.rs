@@ -72,6 +72,7 @@ impl Ending<'_> {
                 close().await;
                 let _shown = Shown::begin(process, view);
                 process.give_way(signals, successor).await;
+                process.fleet.remove_left().await;
             }
             Stop::Released => {
                 process.remove_control_socket();
@@ -86,6 +87,7 @@ impl Ending<'_> {
                     "released: the open connections stay here until they end"
                 );
                 process.outlive(signals).await;
+                process.fleet.remove_left().await;
             }
         }
     }

@@ -1,5 +1,7 @@
 //! The relays of a process as a whole: which there are, what a reload changes, how they are said to be.
 
+mod pathways;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
@@ -7,16 +9,17 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use super::pathways::Keeping;
 use super::plan::{Difference, Spec, Specs};
 use super::relay::{Relay, World};
+use crate::commands::leaving::Leaving;
 use crate::config::{Configuration, Diagnostics, Origin};
 use crate::model::{Endpoint, Mark, Pathway, Protocol};
 use crate::pathway;
 use crate::resolve::Resolver;
-use crate::runtime_dir::Attempt;
 use crate::socket::unix::remove_socket_file;
 use crate::supervisor::{State, Status, Supervisor, Task};
 use crate::systemd;
@@ -73,6 +76,10 @@ pub(super) struct Fleet {
     /// What the counts of repairs are published under, where this process manages its pathways.
     manage_pathways: Option<String>,
     keeping: RefCell<Option<Keeping>>,
+    /// What of the pathways is in place, where this process manages them.
+    leaving: RefCell<Leaving>,
+    /// Told when that has changed.
+    left: Notify,
     /// The files as last read, in which targets may be names; the world's has their addresses.
     written: RefCell<Rc<Configuration>>,
     pub(super) resolver: Rc<Resolver>,
@@ -104,6 +111,8 @@ impl Fleet {
             written: RefCell::new(written),
             resolver: Rc::default(),
             keeping: RefCell::default(),
+            leaving: RefCell::new(Leaving::new(Vec::new())),
+            left: Notify::new(),
             specs: RefCell::new(specs),
             turn: tokio::sync::Mutex::default(),
             succeeded: Cell::new(false),
@@ -121,6 +130,7 @@ impl Fleet {
         if let Some(name) = &self.manage_pathways {
             let wanted = used(&configuration, &self.specs.borrow());
             self.install(&wanted).await?;
+            self.leaving.replace(Leaving::new(wanted.clone()));
             let keeping = Keeping::start(wanted, self.options(), name).await?;
             self.keeping.replace(Some(keeping));
         }
@@ -247,21 +257,13 @@ impl Fleet {
         };
         if self.manage_pathways.is_some() {
             // the last step that may fail, and the first that acts: make before break
-            self.install(&new).await?;
+            self.install_beside(new, &present).await?;
         }
         self.written.replace(written);
-        if let Some(keeping) = &*self.keeping.borrow() {
-            keeping.want(new.clone());
-        }
         self.world.configuration.replace(after);
         self.world.instances.set(wanted.len());
         *self.specs.borrow_mut() = wanted;
         self.follow(&difference, &mut changes).await;
-        if self.manage_pathways.is_some() {
-            let gone = |pathway: &&Pathway| changes.pathways_disappeared.contains(&pathway.mark);
-            self.remove(&old.iter().filter(gone).cloned().collect::<Vec<_>>())
-                .await;
-        }
         Ok(changes)
     }
 
@@ -364,66 +366,6 @@ impl Fleet {
         }
     }
 
-    async fn install(&self, pathways: &[Pathway]) -> Result<(), pathway::Error> {
-        if pathways.is_empty() {
-            return Ok(());
-        }
-        let report = pathway::add(pathways, &self.options()).await?;
-        for note in &report.notes {
-            warn!("{note}");
-        }
-        info!(
-            changes = report.changes.len(),
-            pathways = pathways.len(),
-            "pathways are in place"
-        );
-        Ok(())
-    }
-
-    /// Removes pathways unless another process relays on them.
-    async fn remove(&self, pathways: &[Pathway]) {
-        let pathways: Vec<Pathway> = pathways
-            .iter()
-            .filter(|pathway| !self.used_elsewhere(pathway.mark))
-            .cloned()
-            .collect();
-        if pathways.is_empty() {
-            return;
-        }
-        match pathway::del(&pathways, &self.options()).await {
-            Ok(report) => info!(changes = report.changes.len(), "pathways are removed"),
-            Err(error) => warn!(
-                error = &error as &dyn std::error::Error,
-                "cannot remove the pathways"
-            ),
-        }
-    }
-
-    fn used_elsewhere(&self, mark: Mark) -> bool {
-        let configuration = self.world.configuration.borrow();
-        configuration.instances.iter().any(|instance| {
-            let name = instance.name.as_str();
-            let held = || {
-                self.world
-                    .runtime_dir
-                    .try_lock(&super::relay::lock_name(name))
-            };
-            instance.mark == Some(mark)
-                && self.supervisor.borrow().task(name).is_none()
-                && matches!(held(), Ok(Attempt::HeldBy(pid)) if pid != Some(std::process::id()))
-        })
-    }
-
-    fn options(&self) -> pathway::Options {
-        pathway::Options {
-            dry_run: false,
-            runtime_dir: self.world.runtime_dir.clone(),
-            lock_timeout: LOCK_LIMIT,
-            firewall: self.world.firewall,
-            set_sysctls: self.world.set_sysctls,
-        }
-    }
-
     /// Removes the files of Unix sockets at the process's end; not those that systemd keeps for the next one.
     pub(super) fn remove_socket_files(&self) {
         if systemd::stores() {
@@ -439,21 +381,6 @@ impl Fleet {
                     .for_each(|one| remove_file(&one));
             }
         }
-    }
-
-    /// Removes what [`Fleet::start`] installed, at the process's end.
-    pub(super) async fn remove_pathways(&self) {
-        self.stop_keeping();
-        if self.manage_pathways.is_some() {
-            let configuration = Rc::clone(&self.world.configuration.borrow());
-            let used = used(&configuration, &self.specs.borrow());
-            self.remove(&used).await;
-        }
-    }
-
-    /// Leaves the pathways as they are, to who removes them or keeps them from here on.
-    pub(super) fn stop_keeping(&self) {
-        self.keeping.take();
     }
 
     /// The state of every instance.

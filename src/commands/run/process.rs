@@ -70,6 +70,7 @@ enum Event {
     Tick,
     Files,
     Names,
+    Leaving,
     Stop(Stop),
 }
 
@@ -238,6 +239,7 @@ impl Process {
                 },
                 Some(stop) = stopped.recv() => Event::Stop(stop),
                 Some(()) = resolved.recv() => Event::Names,
+                () = fleet.leaving_due() => Event::Leaving,
                 _ = tick.tick(), if !fleet.is_ready() => Event::Tick,
                 Some(told) = option(watch.as_ref().map(Watch::changed)) => {
                     told.context("cannot watch the configuration")?;
@@ -261,6 +263,7 @@ impl Process {
                     systemd::notify(&[NotifyState::ExtendTimeoutUsec(patience)]);
                 }
                 Event::Names => fleet.reresolve().await,
+                Event::Leaving => fleet.let_go().await,
                 // what became of it is in the log
                 Event::Reload => drop(fleet.reload().await),
                 Event::Files => {

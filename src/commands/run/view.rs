@@ -121,7 +121,7 @@ impl Fleet {
             let relays = running.iter().chain(older.iter().map(|(_, relay)| relay));
             subjects.push(Subject {
                 instance: spec.instance.clone(),
-                pathway: configuration.pathway_of(&spec.instance).cloned(),
+                pathway: self.pathway_of(&spec.instance),
                 standing: standing(&status),
                 servers: relays.map(|relay| Rc::clone(&relay.server)).collect(),
             });
@@ -132,7 +132,7 @@ impl Fleet {
                 let (since, first) = relays.first()?;
                 let instance = first.instance.clone();
                 Some(Subject {
-                    pathway: configuration.pathway_of(&instance).cloned(),
+                    pathway: self.pathway_of(&instance),
                     instance,
                     standing: Standing {
                         state: State::Draining,

@@ -13,6 +13,7 @@ fn facts() -> Facts {
         default_route: Family::BOTH.to_vec(),
         own: BTreeSet::new(),
         backend: Backend::Iptables,
+        still_used: Default::default(),
         may_set_sysctls: false,
     }
 }

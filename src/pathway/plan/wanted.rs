@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use crate::model::{ConnmarkMode, Family, Mark, Pathway, TRANSPARENT_MARK};
 use crate::pathway::firewall::Backend;
 use crate::pathway::firewall::table::Entry;
+use crate::pathway::in_use::ByMark;
 use crate::pathway::piece::{Chain, Job, Leads, Line, PROTOCOL, Route, Rule, anywhere, loopback};
 
 /// Where a rule stands that shall answer only when the main table (32766) has no route.
@@ -28,6 +29,8 @@ pub struct Facts {
     pub backend: Backend,
     /// Whether a sysctl may be set.
     pub may_set_sysctls: bool,
+    /// What is in place, wanted by no pathway, and stays for the connections that are open there.
+    pub still_used: ByMark,
 }
 
 /// Every piece that a set of pathways wants, by the mark that wants it.

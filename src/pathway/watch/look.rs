@@ -61,14 +61,14 @@ impl Keeper {
         if parts.firewall {
             host.read_firewall(&mut reading.present).await?;
         }
-        // the back end that holds lines is a fact, too
-        if parts.facts || parts.firewall {
-            let facts = host.read_facts(pathways, &reading.present.firewall);
-            (reading.facts, reading.notes) = facts.await?;
-            host.read_switch(&mut reading.present)?;
-        }
         if parts.rules {
             host.read_rules(&mut reading.present).await?;
+        }
+        // the back end that holds lines is a fact, too; and so is what is in use of what is there
+        if parts.facts || parts.firewall {
+            let facts = host.read_facts(pathways, &reading.present);
+            (reading.facts, reading.notes) = facts.await?;
+            host.read_switch(&mut reading.present)?;
         }
         // rules say which tables matter
         let tables = plan::tables_to_read(pathways, &reading.present.rules);

@@ -27,16 +27,55 @@ fn a_reload_brings_one_and_takes_one_away() {
     );
     rig.said("reload");
     assert!(rig.passes(&services, CELLS[0]));
-    assert!(
+    wait_for("the addresses to go that are not listened on", || {
         rig.connect("203.0.113.177:10500", "192.0.2.7:5001")
             .is_none()
-    );
+    });
     rig.wks.write("etc/instances.tsv", plain);
     rig.said("reload");
     rig.assert_cells(&services, false, "at the end");
-    let saved = rig.wks.run("iptables-save -t mangle") + &rig.wks.run("ip6tables-save -t mangle");
-    assert!(!saved.contains("TPROXY"), "{saved}");
+    wait_for("the rules to go", || {
+        let saved = ["iptables-save -t mangle", "ip6tables-save -t mangle"];
+        !saved
+            .map(|save| rig.wks.run(save))
+            .concat()
+            .contains("TPROXY")
+    });
     assert!(says(&mut open), "an open connection was lost");
+}
+
+#[test]
+fn what_was_handed_over_stays_after_a_reload_until_it_ends() {
+    for backend in [Backend::Iptables, Backend::Nftables] {
+        let plain = "plain\t123\t10.0.0.1:2222\t10.1.0.2\t7000\tfd01::2\n";
+        let rig = Rig::new(backend).with(plain);
+        let services = rig.services();
+        let relay = rig.run("run --all --manage-pathways");
+        let without = effects(&rig.wks);
+        rig.wks
+            .write("etc/instances.tsv", format!("{plain}{LINES}"));
+        rig.said("reload");
+        let mut open: Vec<TcpStream> = CELLS[..2]
+            .iter()
+            .map(|(_, to, client)| {
+                let client = SocketAddr::new(client.parse().expect("an address"), 5000);
+                rig.connect(to, &client.to_string()).expect("a connection")
+            })
+            .collect();
+        rig.wks.write("etc/instances.tsv", plain);
+        rig.said("reload");
+        // longer than the keeper's looks are apart
+        for _ in 0..30 {
+            let alive = open.iter_mut().all(says);
+            assert!(alive, "{backend:?}: {}", relay.log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        rig.assert_cells(&services, false, "new ones after the reload");
+        let (code, said) = rig.ctl("pathway check");
+        assert_eq!(code, 0, "{said}");
+        drop(open);
+        wait_for("the rules to go", || effects(&rig.wks) == without);
+    }
 }
 
 #[test]
