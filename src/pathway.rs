@@ -115,6 +115,12 @@ pub enum Problem {
 }
 
 impl Finding {
+    /// Whether connections fail for it. Routers' ICMP is missed by those alone that meet a narrower link; pathways
+    /// that an older version made are without until the next `add`.
+    pub fn is_vital(&self) -> bool {
+        !matches!(&self.problem, Problem::Missing(Step::AddRule(rule)) if rule.icmp)
+    }
+
     /// The command that mends it.
     pub fn fix(&self) -> String {
         let mut fix = format!("mmproxyctl pathway add {}", self.mark);
@@ -290,8 +296,8 @@ fn not_configured(
     let mut marks: BTreeSet<u32> = wanted.iter().map(|pathway| pathway.mark.get()).collect();
     let mut tables = BTreeMap::<u32, Option<Mark>>::new();
     for rule in present.rules.iter().filter(|rule| rule.is_ours()) {
-        if !known.contains(&rule.table) {
-            let mark = tables.entry(rule.table).or_default();
+        if let Some(table) = rule.table().filter(|table| !known.contains(table)) {
+            let mark = tables.entry(table).or_default();
             *mark = mark.or(rule.pathway_mark().and_then(Mark::new));
         }
     }

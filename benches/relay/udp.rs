@@ -11,6 +11,8 @@
 //!   buffer, as DNS servers have. Loss is shown for the direct row, too.
 //! - The first three rows have the loads at which the peers showed what they showed when the goals were set:
 //!   500 × 8 is where they lose a fifth, because so many datagrams do not fit the buffers of their sockets.
+//! - A cell that others disturbed is measured again, whatever it showed: an idle processor of a virtual machine
+//!   that has to wait for its host to wake it costs whoever waits for one most.
 //! - 500 clients with one datagram each is what a DNS server has: nothing can be sent together, and a relay
 //!   does the kernel's whole work per datagram twice again. The other rows are flows with several under way.
 
@@ -50,6 +52,13 @@ const PROGRAMS: [Program; 4] = [
     Program::GoMmproxy,
     Program::Mmproxy,
 ];
+
+/// Beyond this share of the machine (0 to 1) used by others, the time that a virtual machine's host took from
+/// it among it, a cell is measured again.
+const DISTURBED: f64 = 0.05;
+
+/// How often at most.
+const TRIES: u32 = 4;
 
 /// How long a relay may take until it answers.
 const READY: Duration = Duration::from_secs(3);
@@ -151,8 +160,7 @@ pub(crate) fn run(
                     warmup: extent.warmup,
                     window: extent.window,
                 };
-                let stand = Stand::new(program, extent)?;
-                let outcome = stand.measure(traffic, &mut results.sharing);
+                let outcome = quietest(program, extent, traffic, &mut results.sharing)?;
                 let cell = results.cells.entry(key).or_default();
                 let said = match outcome {
                     Ok(sample) => {
@@ -178,6 +186,35 @@ pub(crate) fn run(
     println!("{}", report::to_text(&setting, rows, &results));
     println!("written to {}: udp.json, udp.md, udp.svg", out.display());
     Ok(())
+}
+
+/// The figures of a cell while others left the machine alone; of the least disturbed try where they never do.
+///
+/// # Errors
+/// When the harness itself cannot work; what the program did is the result within.
+fn quietest(
+    program: Program,
+    extent: Extent,
+    traffic: Traffic,
+    sharing: &mut BTreeMap<Program, Sharing>,
+) -> Result<Result<Sample>> {
+    let mut best: Option<Sample> = None;
+    for _ in 0..TRIES {
+        let sample = match Stand::new(program, extent)?.measure(traffic, sharing) {
+            Ok(sample) => sample,
+            failed => return Ok(failed),
+        };
+        if best
+            .as_ref()
+            .is_none_or(|best| sample.foreign < best.foreign)
+        {
+            best = Some(sample);
+        }
+        if best.as_ref().is_some_and(|best| best.foreign <= DISTURBED) {
+            break;
+        }
+    }
+    Ok(best.context("nothing was measured"))
 }
 
 fn installed(wanted: &[Program]) -> Result<Vec<(Program, String)>> {

@@ -184,6 +184,12 @@ impl Priority {
         self.0
     }
 
+    /// The priorities of the three rules for routers' ICMP, right behind the marked ones: what leads past,
+    /// what is led past, and where that ends.
+    pub fn icmp(self) -> [u32; 3] {
+        [1, 2, 3].map(|behind| self.0 + behind)
+    }
+
     /// The priority of the unmarked loopback rules.
     pub fn unmarked(self) -> u32 {
         self.0 + Self::UNMARKED_STEP

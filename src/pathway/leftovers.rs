@@ -35,7 +35,7 @@ pub async fn find(known: &Known) -> Result<Vec<Step>, Error> {
     let mut tables: BTreeSet<(Family, u32)> = present
         .rules
         .iter()
-        .map(|rule| (rule.family, rule.table))
+        .filter_map(|rule| Some((rule.family, rule.table()?)))
         .collect();
     let families: BTreeSet<Family> = tables.iter().map(|(family, _)| *family).collect();
     for family in families {
@@ -83,14 +83,15 @@ fn left(present: &Present, known: &Known) -> Vec<Step> {
         .collect();
     let mut marks = known.marks.clone();
     marks.extend(old.iter().filter_map(|rule| Some(rule.mark?.0)));
-    let mut tables: BTreeSet<u32> = old.iter().map(|rule| rule.table).collect();
+    let mut tables: BTreeSet<u32> = old.iter().filter_map(|rule| rule.table()).collect();
     tables.extend(&known.tables);
     let mut steps: Vec<Step> = old.iter().map(|rule| Step::DelRule(**rule)).collect();
     for route in &present.routes {
         let FoundRoute::LocalDefault(route) = route else {
             continue;
         };
-        let leads_here = |rule: &&Rule| (rule.family, rule.table) == (route.family, route.table);
+        let leads_here =
+            |rule: &&Rule| (rule.family, rule.table()) == (route.family, Some(route.table));
         let used = present.other_lookups.contains(&route.table)
             || present
                 .rules
@@ -109,6 +110,9 @@ fn left(present: &Present, known: &Known) -> Vec<Step> {
 
 /// Whether a rule has the shape of the old set-ups' and leads to a table like theirs.
 fn is_left(rule: &Rule, present: &Present, known: &Known) -> bool {
+    let Some(table) = rule.table().filter(|table| !is_system(*table)) else {
+        return false;
+    };
     let from_loopback = rule.iif_lo && rule.source.trunc() == loopback(rule.family).trunc();
     // "fwmark M lookup T" alone may be anybody's: only with a mark that the old set-up used
     let by_mark = !rule.iif_lo
@@ -118,17 +122,18 @@ fn is_left(rule: &Rule, present: &Present, known: &Known) -> bool {
             .mark
             .is_some_and(|(mark, _)| known.marks.contains(&mark));
     let mut of_table = present.routes.iter().filter(|route| match route {
-        FoundRoute::LocalDefault(route) => (route.family, route.table) == (rule.family, rule.table),
-        FoundRoute::Other { family, table, .. } => (*family, *table) == (rule.family, rule.table),
+        FoundRoute::LocalDefault(route) => (route.family, route.table) == (rule.family, table),
+        FoundRoute::Other {
+            family,
+            table: other,
+            ..
+        } => (*family, *other) == (rule.family, table),
     });
     let leads_back = matches!(
         (of_table.next(), of_table.next()),
         (Some(FoundRoute::LocalDefault(_)), None)
     );
-    !rule.is_ours()
-        && !is_system(rule.table)
-        && (from_loopback || by_mark)
-        && (leads_back || known.tables.contains(&rule.table))
+    !rule.is_ours() && (from_loopback || by_mark) && (leads_back || known.tables.contains(&table))
 }
 
 fn lines_left(ruleset: &Ruleset, marks: &BTreeSet<u32>) -> Vec<Step> {

@@ -16,6 +16,7 @@ use rtnetlink::packet_core::{
     NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::IpProtocol;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -25,7 +26,7 @@ use tokio::task::JoinHandle;
 
 use crate::model::Family;
 
-use super::piece::{FoundRoute, PROTOCOL, Route, Rule};
+use super::piece::{FoundRoute, Leads, PROTOCOL, Route, Rule};
 
 mod survey;
 
@@ -397,15 +398,24 @@ fn rule_message(rule: &Rule) -> RuleMessage {
     let mut message = RuleMessage::default();
     message.header.family = address_family(rule.family);
     message.header.src_len = rule.source.prefix_len();
-    message.header.table = short_table(rule.table);
-    // the default, Unspec, is accepted and then fails every look-up that matches
-    message.header.action = RuleAction::ToTable;
     message.attributes = vec![
         RuleAttribute::Priority(rule.priority),
         RuleAttribute::Source(rule.source.addr()),
-        RuleAttribute::Table(rule.table),
         RuleAttribute::Protocol(RouteProtocol::from(rule.protocol)),
     ];
+    // the default, Unspec, is accepted and then fails every look-up that matches
+    message.header.action = match rule.leads {
+        Leads::Table(table) => {
+            message.header.table = short_table(table);
+            message.attributes.push(RuleAttribute::Table(table));
+            RuleAction::ToTable
+        }
+        Leads::Past(priority) => {
+            message.attributes.push(RuleAttribute::Goto(priority));
+            RuleAction::Goto
+        }
+        Leads::On => RuleAction::Nop,
+    };
     if let Some(to) = rule.to {
         message.header.dst_len = to.prefix_len();
         message
@@ -421,10 +431,23 @@ fn rule_message(rule: &Rule) -> RuleMessage {
             .attributes
             .push(RuleAttribute::Iifname("lo".to_owned()));
     }
+    if rule.icmp {
+        message
+            .attributes
+            .push(RuleAttribute::IpProtocol(icmp(rule.family)));
+    }
     message
 }
 
-/// The rule in canonical form, or the table it looks up where it has selectors beyond that form.
+/// `IPPROTO_ICMP` or `IPPROTO_ICMPV6`.
+fn icmp(family: Family) -> IpProtocol {
+    match family {
+        Family::V4 => IpProtocol::Icmp,
+        Family::V6 => IpProtocol::from(libc::IPPROTO_ICMPV6),
+    }
+}
+
+/// The rule in canonical form, or the table it looks up where it is beyond that form.
 pub(super) fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, Option<u32>> {
     let header = &message.header;
     let table = message
@@ -435,10 +458,8 @@ pub(super) fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, 
             _ => None,
         })
         .unwrap_or(u32::from(header.table));
-    if header.action != RuleAction::ToTable {
-        return Err(None);
-    }
-    let other = Err(Some(table));
+    let mut goto = None;
+    let other = Err((header.action == RuleAction::ToTable).then_some(table));
     // the flags say "not" or that an interface is missing; the latter does not change what is meant
     if header.tos != 0 || header.flags.contains(RuleFlags::Invert) {
         return other;
@@ -448,7 +469,7 @@ pub(super) fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, 
         Family::V6 => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
     };
     let (mut priority, mut protocol, mut source, mut iif_lo) = (0, 0, any, false);
-    let (mut mark, mut mask, mut to) = (None, None, None);
+    let (mut mark, mut mask, mut to, mut is_icmp) = (None, None, None, false);
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(value) => priority = *value,
@@ -458,6 +479,8 @@ pub(super) fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, 
             RuleAttribute::Iifname(name) if name == "lo" => iif_lo = true,
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = Some(*value),
+            RuleAttribute::IpProtocol(value) if *value == icmp(family) => is_icmp = true,
+            RuleAttribute::Goto(value) => goto = Some(*value),
             // always there, and all ones when the rule suppresses nothing
             RuleAttribute::SuppressPrefixLen(u32::MAX)
             | RuleAttribute::SuppressIfGroup(u32::MAX)
@@ -468,8 +491,16 @@ pub(super) fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, 
     let Ok(source) = IpNet::new(source, header.src_len) else {
         return other;
     };
-    // with a destination, only our own are of a shape that means something here
-    if (to.is_some() || header.dst_len != 0) && protocol != PROTOCOL {
+    let leads = match (header.action, goto) {
+        (RuleAction::ToTable, None) => Leads::Table(table),
+        (RuleAction::Goto, Some(priority)) => Leads::Past(priority),
+        (RuleAction::Nop, None) => Leads::On,
+        _ => return other,
+    };
+    // so much of a shape means something here only where it is our own
+    let special =
+        to.is_some() || header.dst_len != 0 || is_icmp || !matches!(leads, Leads::Table(_));
+    if special && protocol != PROTOCOL {
         return other;
     }
     Ok(Rule {
@@ -482,7 +513,8 @@ pub(super) fn found_rule(family: Family, message: &RuleMessage) -> Result<Rule, 
             (mark, mask) => Some((mark.unwrap_or(0), mask.unwrap_or(u32::MAX))),
         },
         iif_lo,
-        table,
+        icmp: is_icmp,
+        leads,
         protocol,
     })
 }

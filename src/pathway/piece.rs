@@ -24,7 +24,7 @@ pub const PROTOCOL: u8 = 177;
 /// `RTPROT_UNSPEC` and `RTPROT_BOOT`: what `ip` gives a rule and a route that say nothing.
 pub(crate) const UNTAGGED: [u8; 2] = [0, 3];
 
-/// One ip rule that looks up a table, as the kernel stores it: no more selectors than these.
+/// One ip rule as the kernel stores it: no more selectors than these, and no other actions.
 ///
 /// `source` keeps its host bits, because `127.0.0.1/8` and `127.0.0.0/8` are different rules to the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -41,13 +41,34 @@ pub struct Rule {
     pub mark: Option<(u32, u32)>,
     /// Whether only packets of this host's own match (`iif lo`).
     pub iif_lo: bool,
-    /// The table that is looked up.
-    pub table: u32,
+    /// Whether only the family's ICMP matches (`ipproto`).
+    pub icmp: bool,
+    /// Where it leads.
+    pub leads: Leads,
     /// The owner, [`PROTOCOL`] for ours.
     pub protocol: u8,
 }
 
+/// Where a rule leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Leads {
+    /// Into a table (`lookup`); where that has no route, on to the next rule.
+    Table(u32),
+    /// To the first rule with this priority, which is a later one (`goto`).
+    Past(u32),
+    /// On to the next rule, whatever matches (`nop`): somewhere to land for those that lead past others.
+    On,
+}
+
 impl Rule {
+    /// The table that is looked up.
+    pub(crate) fn table(&self) -> Option<u32> {
+        match self.leads {
+            Leads::Table(table) => Some(table),
+            Leads::Past(_) | Leads::On => None,
+        }
+    }
+
     /// Whether the tag says that this program made it.
     pub fn is_ours(&self) -> bool {
         self.protocol == PROTOCOL
@@ -75,7 +96,8 @@ impl Rule {
             && self.source.trunc() == other.source.trunc()
             && self.to == other.to
             && self.iif_lo == other.iif_lo
-            && self.table == other.table
+            && self.icmp == other.icmp
+            && self.leads == other.leads
     }
 }
 
@@ -85,6 +107,7 @@ impl fmt::Display for Rule {
         match self.to {
             Some(to) if self.source.prefix_len() == 0 => write!(f, " to {to}")?,
             Some(to) => write!(f, " from {} to {to}", self.source)?,
+            None if self.icmp && self.source.prefix_len() == 0 => {}
             None => write!(f, " from {}", self.source)?,
         }
         match self.mark {
@@ -95,7 +118,23 @@ impl fmt::Display for Rule {
         if self.iif_lo {
             f.write_str(" iif lo")?;
         }
-        write!(f, " lookup {} protocol {}", self.table, self.protocol)
+        if self.icmp {
+            write!(f, " ipproto {}", icmp(self.family))?;
+        }
+        match self.leads {
+            Leads::Table(table) => write!(f, " lookup {table}")?,
+            Leads::Past(priority) => write!(f, " goto {priority}")?,
+            Leads::On => f.write_str(" nop")?,
+        }
+        write!(f, " protocol {}", self.protocol)
+    }
+}
+
+/// The family's ICMP, in the words of `ip rule`.
+pub(crate) fn icmp(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "icmp",
+        Family::V6 => "ipv6-icmp",
     }
 }
 

@@ -104,9 +104,9 @@ pub fn tables(pathways: &[Pathway], rules: &BTreeSet<Rule>) -> BTreeMap<Mark, BT
     // the mark of rules with a destination is no pathway's
     let of_pathways = |rule: &&Rule| rule.is_ours() && rule.to.is_none();
     for rule in rules.iter().filter(of_pathways) {
-        if let Some((mark, _)) = rule.mark {
-            by_mark.entry(mark).or_default().insert(rule.table);
-            by_table.entry(rule.table).or_default().insert(mark);
+        if let (Some((mark, _)), Some(table)) = (rule.mark, rule.table()) {
+            by_mark.entry(mark).or_default().insert(table);
+            by_table.entry(table).or_default().insert(mark);
         }
     }
     pathways
@@ -134,7 +134,7 @@ pub fn tables_to_read(pathways: &[Pathway], rules: &BTreeSet<Rule>) -> BTreeSet<
         by_mark
             .get(&mark)?
             .iter()
-            .any(|rule| rule.table == mark && UNTAGGED.contains(&rule.protocol))
+            .any(|rule| rule.table() == Some(mark) && UNTAGGED.contains(&rule.protocol))
             .then_some(mark)
     });
     let owned = tables(pathways, rules).into_values().flatten();
@@ -153,7 +153,7 @@ pub fn plan(goal: Goal, pathways: &[Pathway], facts: &Facts, present: &Present) 
         present,
         wanted: &wanted,
         tables: tables(pathways, &present.rules),
-        by_table: index(&present.rules, |rule| Some(rule.table)),
+        by_table: index(&present.rules, Rule::table),
         by_mark: index(&present.rules, Rule::pathway_mark),
         destination: pathways
             .iter()

@@ -269,6 +269,8 @@ impl Server {
     /// Treats what comes from here on as told; flows keep their target and mark until they end.
     pub fn set(&self, settings: Settings) {
         self.common.settings.store(Arc::new(settings));
+        // a worker whose flows are all silent waits for their ends by the idle timeout of before
+        self.common.registry.wake_all();
     }
 
     /// Takes no new datagrams from proxies from here on, and ends once no flow awaits an answer, after a second

@@ -14,6 +14,7 @@ mod header;
 mod import;
 mod listen;
 mod manual;
+mod narrow;
 mod packages;
 mod pathway;
 mod probe;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::load::{PATIENCE, SIZE};
-use super::{Cell, Results, Row, Sample, Sharing, programs};
+use super::{Cell, DISTURBED, Results, Row, Sample, Sharing, TRIES, programs};
 use crate::programs::Program;
 use crate::report::chart::{self, Bar, Panel};
 use crate::report::{Setting, table};
@@ -282,9 +282,11 @@ fn notes(setting: &Setting, rows: &[Row], results: &Results) -> String {
     if let Some(middle) = median(foreign()) {
         let _ = writeln!(
             out,
-            "others used {:.0} % of the machine meanwhile (worst {:.0} %)",
+            "others used {:.0} % of the machine meanwhile (worst {:.0} %); above {:.0} % a cell is measured \
+             again, {TRIES} times at most",
             middle * 100.0,
-            foreign().fold(0.0, f64::max) * 100.0
+            foreign().fold(0.0, f64::max) * 100.0,
+            DISTURBED * 100.0
         );
     }
     out

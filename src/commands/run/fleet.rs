@@ -352,6 +352,7 @@ impl Fleet {
             return;
         };
         relay.server.set(&instance, allow);
+        changes.notes.extend(relay.keeps_its_sockets(&instance));
         if !self.world.no_check
             && let Err(error) = self.world.in_place(instance.mark).await
         {

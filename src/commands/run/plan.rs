@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::model::{AllowList, Instance};
+use crate::model::{AllowList, Instance, InstanceOptions, Protocol};
 
 /// All that a relay is made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,18 +55,23 @@ fn same_sockets(before: &Spec, after: &Spec) -> bool {
         let options = &spec.instance.options;
         (options.socket_mode, options.socket_owner.clone())
     };
+    let (old, new) = (&before.instance.options, &after.instance.options);
+    // flows are known to the relay that they came to: another one would lose those whose client only their
+    // first datagram named
+    let listeners = |of: &InstanceOptions| match of.protocol {
+        Protocol::Tcp => of.listeners,
+        Protocol::Udp => None,
+    };
     before.instance.listen == after.instance.listen
         && file(before) == file(after)
-        && before.instance.options.protocol == after.instance.options.protocol
-        && before.instance.options.listeners == after.instance.options.listeners
+        && old.protocol == new.protocol
+        && listeners(old) == listeners(new)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{
-        InstanceOptions, ListenAddr, NamedTargets, Protocol, TargetPorts, parse_prefix,
-    };
+    use crate::model::{ListenAddr, NamedTargets, TargetPorts, parse_prefix};
 
     fn spec(name: &str, port: u16) -> (String, Spec) {
         let instance = Instance {
@@ -83,6 +88,11 @@ mod tests {
         (name.to_owned(), Spec { instance, allow })
     }
 
+    fn udp((name, mut spec): (String, Spec)) -> (String, Spec) {
+        spec.instance.options = InstanceOptions::defaults(Protocol::Udp);
+        (name, spec)
+    }
+
     #[test]
     fn each_kind_of_change() {
         let present = Specs::from([
@@ -92,6 +102,7 @@ mod tests {
             spec("retargeted", 4),
             spec("believes-others", 5),
             spec("wider", 6),
+            udp(spec("flows-stay", 7)),
         ]);
         let mut wanted = Specs::from([spec("kept", 2), spec("moved", 30), spec("new", 1)]);
         let (name, mut retargeted) = spec("retargeted", 4);
@@ -101,6 +112,9 @@ mod tests {
         believing.allow = Arc::new(AllowList::new([parse_prefix("10.0.0.2").unwrap()]).unwrap());
         wanted.insert(name, believing);
         let (name, mut wider) = spec("wider", 6);
+        wider.instance.options.listeners = Some(4.try_into().unwrap());
+        wanted.insert(name, wider);
+        let (name, mut wider) = udp(spec("flows-stay", 7));
         wider.instance.options.listeners = Some(4.try_into().unwrap());
         wanted.insert(name, wider);
         let names = |names: &[&str]| {
@@ -114,7 +128,7 @@ mod tests {
             Difference {
                 start: names(&["new"]),
                 stop: names(&["gone"]),
-                set: names(&["believes-others", "retargeted"]),
+                set: names(&["believes-others", "flows-stay", "retargeted"]),
                 replace: names(&["moved", "wider"]),
                 unchanged: names(&["kept"]),
             }

@@ -1,7 +1,7 @@
 //! One instance's relay as a task under supervision: lock, pathway, sockets, server, in this order.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroUsize;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use super::plan::Spec;
 use crate::causes::with_causes;
 use crate::config::Configuration;
 use crate::model::{Endpoint, Instance, Listen, Mark, Pathway};
-use crate::pathway::{self, Firewall};
+use crate::pathway::{self, Finding, Firewall};
 use crate::relay::server::{Error, Server};
 use crate::relay::workers::Workers;
 use crate::runtime_dir::{Attempt, Lock, RuntimeDir};
@@ -184,6 +184,17 @@ async fn missing(
     let findings = pathway::check(pathways, firewall)
         .await
         .context("cannot check the pathways")?;
+    let (findings, others): (Vec<_>, Vec<_>) = findings.into_iter().partition(Finding::is_vital);
+    let mut warned = BTreeSet::new();
+    for finding in others {
+        if warned.insert(finding.mark) {
+            warn!(
+                mark = %finding.mark, run = finding.fix(),
+                "the pathway is without the rules for routers' ICMP: what is too large for a narrower link on \
+                 the way to a service is lost"
+            );
+        }
+    }
     let mut missing = BTreeMap::new();
     for finding in &findings {
         missing
@@ -235,6 +246,20 @@ impl Relay {
             instance,
             server: Rc::new(server),
             lock: RefCell::new(Some(lock)),
+        })
+    }
+
+    /// What a line means for it that wants another number of listeners than it has, where that is kept.
+    pub(super) fn keeps_its_sockets(&self, instance: &Instance) -> Option<String> {
+        let wanted = usize::try_from(u32::from(instance.options.listeners?)).ok()?;
+        let places = instance.listen.endpoints().count();
+        let count = self.server.listeners().ok()?.len() / places.max(1);
+        (count != wanted).then(|| {
+            format!(
+                "{}: keeps {count} listeners on {} until it is stopped and started: its flows are known to \
+                 these",
+                instance.name, instance.listen
+            )
         })
     }
 

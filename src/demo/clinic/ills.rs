@@ -131,6 +131,10 @@ fn pieces() -> Vec<Ill> {
         for (ask, from) in ["own", "container", "routed"].into_iter().zip(others) {
             rule(ask, 100, from);
         }
+        for priority in [101, 102, 103] {
+            let inject = format!("{ip} rule del priority {priority}");
+            piece("container", &format!("`{inject}`"), &inject);
+        }
         let inject = format!("{ip} route del local default dev lo table 123");
         piece("local", &format!("`{inject}`"), &inject);
         for (ask, chain, number, name) in [

@@ -359,8 +359,9 @@ fn seen(family: Family, message: &RuleMessage) -> SeenRule {
                     .push(format!("uidrange {}-{}", range.start, range.end));
             }
             RuleAttribute::IpProtocol(protocol) => {
-                let name = format!("{protocol:?}").to_lowercase();
-                selector.beyond.push(format!("ipproto {name}"));
+                // as a number, which `ip` takes wherever it knows no names
+                let number = i32::from(*protocol);
+                selector.beyond.push(format!("ipproto {number}"));
             }
             RuleAttribute::SourcePortRange(range) => {
                 selector

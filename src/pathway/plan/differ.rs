@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::model::{Family, Mark, Pathway};
-use crate::pathway::piece::{FoundRoute, PROTOCOL, Route, Rule, Step, UNTAGGED};
+use crate::pathway::piece::{FoundRoute, Leads, PROTOCOL, Route, Rule, Step, UNTAGGED};
 
 use super::wanted::{marked, wanted_rules};
 use super::{Change, Conflict, Facts, Goal, Outcome, Plan, Present, TableTaken, Wanted};
@@ -182,7 +182,7 @@ impl Differ<'_> {
         (self.goal == Goal::Add
             && !rule.is_ours()
             && rule.mark.is_some()
-            && rule.table != pathway.table.get()
+            && rule.table() != Some(pathway.table.get())
             && rule.priority <= priority)
             .then(|| {
                 format!(
@@ -195,7 +195,7 @@ impl Differ<'_> {
     /// What a rule of the scripts, or one typed by hand, must mean to count as left over.
     fn shapes(&self, pathway: &Pathway) -> Vec<Rule> {
         let scripts = Family::BOTH.map(|family| Rule {
-            table: pathway.mark.get(),
+            leads: Leads::Table(pathway.mark.get()),
             ..marked(pathway, family)
         });
         let wanted = Family::BOTH

@@ -17,8 +17,11 @@ fn facts() -> Facts {
     }
 }
 
+/// With a target that routers may stand before.
 fn pathway(mark: u32) -> Pathway {
-    Pathway::with_defaults(Mark::new(mark).unwrap()).unwrap()
+    let mut pathway = Pathway::with_defaults(Mark::new(mark).unwrap()).unwrap();
+    pathway.targets.insert("172.20.0.2/32".parse().unwrap());
+    pathway
 }
 
 /// The kernel after these changes, as far as rules and routes go.
@@ -119,6 +122,27 @@ fn undoing_a_plan_restores_what_was() {
     let end = after(&after(&start, &forth), &back);
     assert_eq!(end.rules, start.rules);
     assert_eq!(end.routes.len(), start.routes.len());
+}
+
+#[test]
+fn routers_are_heard_of_by_the_families_that_they_stand_in() {
+    let mut facts = facts();
+    let of = |facts: &Facts| {
+        let wanted = Wanted::new(&[pathway(123)], facts);
+        let rules = wanted.rules.into_keys().filter(|rule| rule.icmp);
+        rules.map(|rule| rule.to_string()).collect::<Vec<_>>()
+    };
+    let marked = "fwmark 0x7b/0xff";
+    assert_eq!(
+        of(&facts),
+        [
+            format!("priority 101 {marked} iif lo ipproto icmp goto 103 protocol 177"),
+            format!("priority 102 {marked} ipproto icmp lookup 123 protocol 177"),
+            format!("priority 103 {marked} iif lo ipproto icmp nop protocol 177"),
+        ]
+    );
+    facts.own.insert("172.20.0.2".parse().unwrap());
+    assert_eq!(of(&facts), [""; 0]);
 }
 
 #[test]

@@ -3,10 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use crate::model::{ConnmarkMode, Family, Mark, Pathway, TRANSPARENT_MARK};
 use crate::pathway::firewall::Backend;
 use crate::pathway::firewall::table::Entry;
-use crate::pathway::piece::{Chain, Job, Line, PROTOCOL, Route, Rule, anywhere, loopback};
+use crate::pathway::piece::{Chain, Job, Leads, Line, PROTOCOL, Route, Rule, anywhere, loopback};
 
 /// Where a rule stands that shall answer only when the main table (32766) has no route.
 pub const UNROUTED_PRIORITY: u32 = 40_000;
@@ -129,7 +131,8 @@ pub(super) fn marked(pathway: &Pathway, family: Family) -> Rule {
         to: None,
         mark: Some((pathway.mark.get(), pathway.mask.get())),
         iif_lo: true,
-        table: pathway.table.get(),
+        icmp: false,
+        leads: Leads::Table(pathway.table.get()),
         protocol: PROTOCOL,
     }
 }
@@ -167,15 +170,16 @@ pub(super) fn wanted_rules(pathway: &Pathway, family: Family, facts: &Facts) -> 
             ..marked
         };
         rules.push(rule);
-        let own =
-            source.prefix_len() == source.max_prefix_len() && facts.own.contains(&source.addr());
-        if own && !facts.default_route.contains(&family) {
+        if is_own(source, facts) && !facts.default_route.contains(&family) {
             rules.push(Rule {
                 priority: UNROUTED_PRIORITY,
                 mark: None,
                 ..rule
             });
         }
+    }
+    if beyond_this_host(pathway, family, facts) {
+        rules.extend(icmp(pathway, marked));
     }
     // what TPROXY has marked is delivered here whatever its destination. Never without `to`: with
     // tcp_fwmark_accept the answers carry the mark as well, and with src_valid_mark so does the look-up
@@ -194,4 +198,40 @@ pub(super) fn wanted_rules(pathway: &Pathway, family: Family, facts: &Facts) -> 
             }),
     );
     rules
+}
+
+fn is_own(target: IpNet, facts: &Facts) -> bool {
+    target.prefix_len() == target.max_prefix_len() && facts.own.contains(&target.addr())
+}
+
+/// Whether there may be routers between this host and a target.
+fn beyond_this_host(pathway: &Pathway, family: Family, facts: &Facts) -> bool {
+    let mut targets = pathway.targets.iter();
+    targets.any(|target| Family::of(target.addr()) == family && !is_own(*target, facts))
+}
+
+/// What takes in the ICMP of routers on the way to a target, above all "too big" of a narrower link: it is for
+/// the client, as an answer is, and as RELATED it gets the connection's mark, but it is from the router, so no
+/// rule with a target's `from` matches.
+///
+/// Only what comes in is taken. What this host sends itself with the mark and ICMP is for a target (port
+/// unreachable, once a relay's UDP socket is closed); and with `src_valid_mark`, or nft's `fib saddr . mark`
+/// (firewalld has it), the way back to the router is looked up with the ICMP's mark and must not be found to
+/// lead here. Both are looked up as from `lo`, and "not iif lo" cannot stand beside other selectors: so they are
+/// led past.
+fn icmp(pathway: &Pathway, marked: Rule) -> [Rule; 3] {
+    let [past, take, land] = pathway.priority.icmp();
+    let of = |priority, iif_lo, leads| Rule {
+        priority,
+        source: anywhere(marked.family),
+        iif_lo,
+        icmp: true,
+        leads,
+        ..marked
+    };
+    [
+        of(past, true, Leads::Past(land)),
+        of(take, false, marked.leads),
+        of(land, true, Leads::On),
+    ]
 }

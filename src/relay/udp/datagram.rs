@@ -6,7 +6,8 @@
 //! The choices, where nothing is written down for UDP:
 //!
 //! - The header and the payload's beginning come in one datagram: a header that is not whole is a mistake.
-//! - v1 is refused by name, in every mode.
+//! - v1 is refused by name, in every mode; and so is the header of another mode's senders, where it cannot be
+//!   payload.
 //! - The header's transport is not looked at: a balancer that took a query over TCP or HTTPS and asks on over
 //!   UDP (dnsdist does) says STREAM, truthfully.
 //! - With `first`, a datagram carries a header if and only if it begins with the twelve bytes of the v2
@@ -22,6 +23,9 @@ use crate::relay::spp::{self, Spp, SppError};
 
 /// What begins every v2 header.
 const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
+
+/// What begins every v1 header.
+const VERSION1: &[u8; 6] = b"PROXY ";
 
 /// A datagram that can be passed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +68,17 @@ pub enum DatagramError {
         "a PROXY header of version 1, which is not defined for UDP: let the proxy send version 2"
     )]
     Version1,
+    /// A v2 header, where Simple Proxy Protocol is expected.
+    #[error(
+        "a PROXY header of version 2, where one of Simple Proxy Protocol is expected: set udp-header=every or \
+         udp-header=first, as the proxy sends it"
+    )]
+    Version2,
+    /// A Simple Proxy Protocol header, where one of PROXY is expected.
+    #[error(
+        "a header of Simple Proxy Protocol, where a PROXY header is expected: set udp-header=spp"
+    )]
+    Simple,
     /// It does not begin with a v2 header.
     #[error(transparent)]
     Header(HeaderError),
@@ -96,9 +111,20 @@ pub fn read(mode: UdpHeader, bytes: &[u8]) -> Result<Datagram, DatagramError> {
                 client: Client::Spp(header),
                 payload: spp::LENGTH,
             }),
+            Err(_) if bytes.starts_with(VERSION1) => Err(DatagramError::Version1),
+            Err(_) if bytes.starts_with(SIGNATURE) => Err(DatagramError::Version2),
             Err(error) => Err(DatagramError::Spp(error)),
         },
     }
+}
+
+/// Another kind of header than the flows of `first` begin with, in front of what is nobody's: names the
+/// mistake, where the datagram alone may be payload as well.
+pub fn foreign_header(bytes: &[u8]) -> Option<DatagramError> {
+    if bytes.starts_with(VERSION1) {
+        return Some(DatagramError::Version1);
+    }
+    Spp::decode(bytes).ok().map(|_| DatagramError::Simple)
 }
 
 #[inline]
@@ -124,8 +150,9 @@ fn version2(bytes: &[u8]) -> Result<Datagram, DatagramError> {
                 payload: length,
             }),
         },
-        Ok(Decoded::Incomplete) if bytes.starts_with(b"PROXY ") => Err(DatagramError::Version1),
+        _ if bytes.starts_with(VERSION1) => Err(DatagramError::Version1),
         Ok(Decoded::Incomplete) => Err(DatagramError::Truncated),
+        Err(HeaderError::NotProxy) if Spp::decode(bytes).is_ok() => Err(DatagramError::Simple),
         Err(error) => Err(DatagramError::Header(error)),
     }
 }
@@ -203,13 +230,38 @@ mod tests {
     fn version_1_is_refused_by_name() {
         let mut bytes = encode_v1(addr("192.0.2.7:5353"), addr("198.51.100.1:53"));
         bytes.extend(b"query");
-        for mode in [UdpHeader::Every, UdpHeader::First] {
+        for mode in MODES {
             assert_eq!(read(mode, &bytes), Err(DatagramError::Version1));
         }
+        // cut off, and of a transport that there is not: with `first` both may be payload
+        for bytes in [
+            &b"PROXY TCP4 192."[..],
+            b"PROXY UDP4 192.0.2.7 198.51.100.1 5353 53\r\nquery",
+        ] {
+            for mode in [UdpHeader::Every, UdpHeader::Spp] {
+                assert_eq!(read(mode, bytes), Err(DatagramError::Version1));
+            }
+            assert_eq!(read(UdpHeader::First, bytes), Ok(Datagram::Bare));
+            assert_eq!(foreign_header(bytes), Some(DatagramError::Version1));
+        }
+    }
+
+    #[test]
+    fn another_senders_header_is_named() {
+        let mut simple = Spp::new(addr("192.0.2.7:5353"), addr("198.51.100.1:53"))
+            .bytes()
+            .to_vec();
+        simple.extend(b"query");
+        assert_eq!(read(UdpHeader::Every, &simple), Err(DatagramError::Simple));
+        assert_eq!(read(UdpHeader::First, &simple), Ok(Datagram::Bare));
+        assert_eq!(foreign_header(&simple), Some(DatagramError::Simple));
+        let mut version2 = v2(Transport::Datagram);
+        version2.extend(b"query");
         assert_eq!(
-            read(UdpHeader::Every, b"PROXY TCP4 192."),
-            Err(DatagramError::Version1)
+            read(UdpHeader::Spp, &version2),
+            Err(DatagramError::Version2)
         );
+        assert_eq!(foreign_header(b"query"), None);
     }
 
     #[test]

@@ -144,6 +144,14 @@ pub(super) struct Route {
     pub(super) spp: Option<Spp>,
 }
 
+impl Route {
+    /// Whether a flow of this route goes on where another datagram with the same key asks for that route. It
+    /// keeps its target where only the configuration has another one now.
+    pub(super) fn is_of_the_same(&self, asked: &Self) -> bool {
+        self.client == asked.client && (self.target == asked.target || self.asked == asked.asked)
+    }
+}
+
 /// No worker: the flow is over.
 pub(super) const NOBODY: u32 = u32::MAX;
 

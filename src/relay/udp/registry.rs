@@ -146,6 +146,11 @@ impl Registry {
         &self.mailboxes[worker as usize].wake
     }
 
+    /// Has every worker look at what it is told, also one with nothing to do.
+    pub(super) fn wake_all(&self) {
+        self.mailboxes.iter().for_each(Mailbox::wake);
+    }
+
     /// Takes a worker's notes.
     pub(super) fn notes(&self, worker: u32) -> Vec<Note> {
         let mailbox = &self.mailboxes[worker as usize];
@@ -167,7 +172,7 @@ impl Registry {
         let mut inner = self.lock();
         let mut replaced = None;
         if let Some(flow) = inner.by_key.get(&route.key).cloned() {
-            if flow.route.client == route.client {
+            if flow.route.is_of_the_same(route) {
                 self.hand_over(&mut inner, &flow, worker);
                 return Admission::Adopted(flow);
             }
@@ -419,6 +424,31 @@ mod tests {
         assert!(!registry.release(0, &flow));
         assert!(registry.release(1, &flow));
         assert!(registry.adopt(0, &route.key).is_none());
+    }
+
+    /// With a header on the first datagram only, and the target that the header names.
+    #[test]
+    fn a_client_that_asks_elsewhere_has_another_flow() {
+        let registry = registry(9, 9);
+        let route = route("10.0.0.1:1", "192.0.2.1:5");
+        let old = opened(registry.admit(0, &route, 0)).flow;
+        let elsewhere = SocketAddr::from(([198, 51, 100, 2], 53));
+        let moved = Route {
+            target: TargetAddr::new(elsewhere),
+            ..route
+        };
+        // another target of the configuration's is no reason
+        assert!(matches!(
+            registry.admit(1, &moved, 0),
+            Admission::Adopted(_)
+        ));
+        let moved = Route {
+            asked: Some(elsewhere),
+            ..moved
+        };
+        let new = opened(registry.admit(0, &moved, 0));
+        assert!(Arc::ptr_eq(&new.replaced.unwrap(), &old));
+        assert_eq!(new.flow.route.target, moved.target);
     }
 
     #[test]

@@ -216,6 +216,12 @@ impl<K: Hash + Eq + Clone, F> Table<K, F> {
         some(self.lanes[lane as usize].ends.oldest)
     }
 
+    /// Of the proxy that has most flows, the one that has been silent for longest. Looks at every proxy.
+    pub(super) fn oldest_of_most(&self) -> Option<Id> {
+        let most = self.lanes.iter().max_by_key(|lane| lane.flows)?;
+        some(most.ends.oldest)
+    }
+
     /// When the flow that has been silent for longest was last used, in milliseconds.
     pub(super) fn oldest_use(&self) -> Option<u64> {
         Some(self.entry(self.all.oldest)?.used)
@@ -332,6 +338,21 @@ mod tests {
         assert_eq!(table.remove(b), None);
         assert_eq!(table.oldest(), Some(a));
         assert_eq!(table.find(&"b"), None);
+    }
+
+    #[test]
+    fn the_proxy_that_has_most_gives() {
+        let mut table = Table::new();
+        assert_eq!(table.oldest_of_most(), None);
+        let quiet = table.insert(0, proxy(1), 0, ());
+        let flood = [1, 2, 3].map(|key| table.insert(key, proxy(2), key, ()));
+        assert_eq!(table.oldest_of_most(), Some(flood[0]));
+        for id in flood {
+            table.remove(id);
+        }
+        assert_eq!(table.oldest_of_most(), Some(quiet));
+        table.remove(quiet);
+        assert_eq!(table.oldest_of_most(), None);
     }
 
     /// What the table must do, written without any cleverness.

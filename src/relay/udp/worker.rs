@@ -13,6 +13,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::RawFd;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -47,6 +48,7 @@ mod lifecycle;
 mod outbound;
 mod refusals;
 mod replies;
+mod room;
 mod view;
 
 /// How many datagrams one flow's answers may take of a batch before the next flow's turn.
@@ -65,6 +67,9 @@ const DRAIN_LOOK: Duration = Duration::from_millis(20);
 /// A sleep shorter than this means that datagrams come in a stream. What is slower is served at once, without
 /// giving up the CPU, which a busy machine might take milliseconds to give back.
 const PRESSED: Duration = Duration::from_micros(100);
+
+/// After a round of fewer datagrams than this, waiting for company pays; more of them pay for their round.
+const FEW: usize = 16;
 
 /// What an event is about; a flow's is its [`Id`], below all of these.
 const LISTENERS: u64 = 1 << 32;
@@ -137,7 +142,11 @@ pub(super) struct Worker {
     to_client: SegmentLimit,
     /// Flows whose answers were not all read in their turn.
     unfinished: Vec<Id>,
+    /// Datagrams, or runs of them, that were read in this round.
+    moved: usize,
     recent: Recent,
+    /// The first descriptor that flows leave alone, as it was last looked up.
+    spare_from: RawFd,
 }
 
 /// A socket that answers are sent from.
@@ -212,7 +221,9 @@ impl Worker {
             to_target: SegmentLimit::default(),
             to_client: SegmentLimit::default(),
             unfinished: Vec::new(),
+            moved: 0,
             recent: Recent::default(),
+            spare_from: 0,
             common,
         })
     }
@@ -230,9 +241,9 @@ impl Worker {
         let mut pressed = false;
         loop {
             let mut rounds = 0;
-            while self.round()? {
+            while let Some(moved) = self.round()? {
                 rounds += 1;
-                if pressed || rounds > 1 {
+                if moved < FEW && (pressed || rounds > 1) {
                     // whoever sends and answers gets the CPU first, where it is short: what comes meanwhile
                     // is read at once, and runs of it cost the kernel little more than one datagram
                     std::thread::yield_now();
@@ -272,13 +283,15 @@ impl Worker {
         }
     }
 
-    /// Does what there is to do, without waiting; false when there was nothing.
-    fn round(&mut self) -> io::Result<bool> {
+    /// Does what there is to do, without waiting: how many datagrams (or runs of them) were read; `None` when
+    /// there was nothing to do.
+    fn round(&mut self) -> io::Result<Option<usize>> {
         let mut events = [EpollEvent::empty(); EVENTS];
         let ready = self.epoll.take(&mut events)?;
         self.now = self.common.started.elapsed().as_millis() as u64;
         let again = std::mem::take(&mut self.unfinished);
         let busy = ready > 0 || !again.is_empty();
+        self.moved = 0;
         let _named = self.span.clone().entered();
         if busy {
             let settings = self.common.settings.load();
@@ -295,7 +308,7 @@ impl Worker {
             outcome?;
         }
         self.expire();
-        Ok(busy)
+        Ok(busy.then_some(self.moved))
     }
 
     fn handle(&mut self, events: &[EpollEvent], again: Vec<Id>) -> io::Result<()> {

@@ -122,7 +122,7 @@ fn deletions(count: usize) -> Vec<Duration> {
     }
 
     let pieces = Piece::all(&lab.wks);
-    assert_eq!(pieces.len(), 4 * (8 + 2 + 6), "{pieces:#?}");
+    assert_eq!(pieces.len(), 4 * (14 + 2 + 6), "{pieces:#?}");
     let (mut dice, mut times) = (Dice(0x9E37_79B9_7F4A_7C15), Vec::new());
     let done = AtomicBool::new(false);
     let exchanges: u64 = std::thread::scope(|scope| {

@@ -55,6 +55,9 @@ fn the_kernel_holds_the_scheme() {
             "100: from 10.0.0.2 fwmark 0x7b/0xff lookup 123 proto 177",
             "100: from 127.0.0.0/8 fwmark 0x7b/0xff iif lo lookup 123 proto 177",
             "100: from 172.17.0.5 fwmark 0x7b/0xff lookup 123 proto 177",
+            "101: from all fwmark 0x7b/0xff iif lo ipproto icmp goto 103 proto 177",
+            "102: from all fwmark 0x7b/0xff ipproto icmp lookup 123 proto 177",
+            "103: from all fwmark 0x7b/0xff iif lo ipproto icmp nop proto 177",
             "200: from 127.0.0.0/8 iif lo lookup 123 proto 177",
             // this host's own, and there is no default route
             "40000: from 10.0.0.2 lookup 123 proto 177",
@@ -65,6 +68,9 @@ fn the_kernel_holds_the_scheme() {
         [
             "100: from ::1 fwmark 0x7b/0xff iif lo lookup 123 proto 177",
             "100: from fd00:17::5 fwmark 0x7b/0xff lookup 123 proto 177",
+            "101: from all fwmark 0x7b/0xff iif lo ipproto ipv6-icmp goto 103 proto 177",
+            "102: from all fwmark 0x7b/0xff ipproto ipv6-icmp lookup 123 proto 177",
+            "103: from all fwmark 0x7b/0xff iif lo ipproto ipv6-icmp nop proto 177",
             "200: from ::1 iif lo lookup 123 proto 177",
         ]
     );
@@ -479,7 +485,7 @@ fn the_verbs_take_files_names_and_marks() {
         out,
         "MARK  NAME   RESULT     WHAT\n\
          123   vps01  unchanged  all in place\n\
-         124   -      added      5 rules, 2 routes, 6 CONNMARK lines\n"
+         124   -      added      8 rules, 2 routes, 6 CONNMARK lines\n"
     );
     let (code, out, err) = ctl(&host, "pathway add 0x7d");
     assert_eq!(code, 0);

@@ -24,10 +24,11 @@ pub(super) fn probe(host: &Host, words: &str, stdin: &[u8]) -> Output {
     child.wait_with_output().expect("wait for mmproxyctl")
 }
 
-/// Runs mmproxyctl and fails unless it succeeds.
-pub(super) fn done(host: &Host, words: &str) {
+/// Runs mmproxyctl and fails unless it succeeds; what it wrote to stdout.
+pub(super) fn done(host: &Host, words: &str) -> String {
     let output = host.mmproxyctl(words).output().expect("mmproxyctl");
     assert!(output.status.success(), "{words}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// Runs the relays of a host and waits until they listen on these UDP ports.

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use mmproxyctl::model::UdpHeader;
-use mmproxyctl::relay::header::{self, Decoded, Endpoints, Version};
+use mmproxyctl::relay::header::{self, Decoded, Endpoints, HeaderError, Version};
 use mmproxyctl::relay::spp::{self, Spp};
 use mmproxyctl::relay::udp::datagram::{Client, Datagram, DatagramError, read};
 
@@ -45,7 +45,11 @@ fn assert_every(bytes: &[u8], outcome: Result<Datagram, DatagramError>) {
         (Err(DatagramError::Version1), Ok(Decoded::Complete { header, .. })) => {
             assert_eq!(header.version, Version::V1, "{shown}");
         }
-        (Err(DatagramError::Version1 | DatagramError::Truncated), Ok(Decoded::Incomplete)) => {}
+        (Err(DatagramError::Version1), _) => assert!(bytes.starts_with(b"PROXY "), "{shown}"),
+        (Err(DatagramError::Truncated), Ok(Decoded::Incomplete)) => {}
+        (Err(DatagramError::Simple), Err(HeaderError::NotProxy)) => {
+            assert!(Spp::decode(bytes).is_ok(), "{shown}");
+        }
         (Err(DatagramError::Header(of_datagram)), Err(of_stream)) => {
             assert_eq!(of_datagram, of_stream, "{shown}");
         }

@@ -54,6 +54,27 @@ fn silence_in_both_directions_ends_a_flow() {
     wait_sockets_to(&lab.wks, service.addr, 0);
 }
 
+/// Another idle timeout is for the flows that are there, too, also while nothing comes.
+#[test]
+fn a_new_idle_timeout_reaches_silent_flows() {
+    let lab = Lab::new();
+    let service = Service::echo(&lab.wks, "127.0.0.1:0");
+    let with = |idle_timeout| Settings {
+        idle_timeout,
+        ..settings(Every, &[service.addr])
+    };
+    let (short, long) = (Duration::from_millis(300), Duration::from_secs(600));
+    let relay = Relay::start(&lab.wks, with(short));
+    let proxy = Proxy::new(&lab.vps, relay.addr);
+    proxy.exchange("192.0.2.7:4000", b"hello");
+    relay.server.set(with(long));
+    std::thread::sleep(2 * short);
+    assert_eq!(relay.totals().flows, 1, "ended by the old timeout");
+    relay.server.set(with(short));
+    relay.wait("the end by the new timeout", |totals| totals.flows == 0);
+    assert_eq!(relay.totals().ended.of(Ended::Idle), 1);
+}
+
 #[test]
 fn the_oldest_flow_makes_room() {
     let lab = Lab::new();

@@ -4,9 +4,11 @@ use std::net::UdpSocket;
 use std::time::Duration;
 
 use mmproxyctl::model::UdpHeader::{Every, First};
+use mmproxyctl::pathway::Firewall;
 
-use super::cells::{done, run};
+use super::cells::run;
 use super::lab::{Proxy, Relay, Service, addr, announce, settings};
+use crate::narrow::Narrow;
 use crate::relay::lab::Lab;
 use crate::support::net::Host;
 
@@ -99,59 +101,31 @@ fn a_router_on_the_way_to_the_proxy_says_too_big() {
     }
 }
 
-/// The same on the way to the service: the ICMP is for the client's address and has the connection's mark, as an
-/// answer has, but is from the router. Runs of equal datagrams are cut up from then on.
+/// The same on the way to the service. Runs of equal datagrams are cut up from then on.
 #[test]
 fn a_router_on_the_way_to_the_service_says_too_big() {
-    let lab = Lab::without_pathway();
-    let (router, far) = (Host::new("router"), Host::new("far"));
-    let ours = ["172.19.0.1/24", "fd19::1/64"];
-    let theirs = ["172.19.0.2/24", "fd19::2/64"];
-    lab.wks.link("lan", &ours, &router, "eth0", &theirs);
-    let near = ["172.20.0.1/24", "fd20::1/64"];
-    let distant = ["172.20.0.2/24", "fd20::2/64"];
-    router.link("eth1", &near, &far, "eth0", &distant);
-    narrow([(&router, "eth1"), (&far, "eth0")]);
-    forward(&router);
-    for (host, v4, v6) in [
-        (&lab.wks, "10.0.0.2", "fd00::2"),
-        (&router, "172.19.0.1", "fd19::1"),
-        (&far, "172.20.0.1", "fd20::1"),
-    ] {
-        host.ip(&format!("route add default via {v4}"));
-        host.ip(&format!("-6 route add default via {v6}"));
-    }
-    lab.wks.ip("route add 172.20.0.0/24 via 172.19.0.2");
-    lab.wks.ip("-6 route add fd20::/64 via fd19::2");
-    let instance = "far\t123\t10.0.0.1:5300\t172.20.0.2\t7000\tfd20::2\tprotocol=udp\n";
-    lab.wks.write("etc/pathways.conf", "123\n");
-    lab.wks.write("etc/instances.tsv", instance);
-    lab.wks.write("etc/allow.txt", "10.0.0.2\n");
-    done(&lab.wks, "pathway add-all");
-    // what docs/udp.md says for such a path
-    for (family, protocol) in [("", "icmp"), ("-6 ", "ipv6-icmp")] {
-        lab.wks.ip(&format!(
-            "{family}rule add priority 100 fwmark 123/0xff ipproto {protocol} lookup 123"
-        ));
-    }
-    let relay = run(&lab.wks, "run far", &[5300]);
-    for (client, target) in [
-        ("203.0.113.7:4000", "172.20.0.2:7000"),
-        ("[2001:db8:7::7]:4000", "[fd20::2]:7000"),
-    ] {
-        let service = Service::echo(&far, target);
-        let proxy = Proxy::new(&lab.vps, addr("10.0.0.1:5300"));
-        proxy.exchange(client, b"hello");
-        assert_eq!(service.peer_of(b"hello"), addr(client));
-        let (header, large) = (announce(client), vec![7; LARGE]);
-        let tries = tries(&proxy, &[&header, &large], &large);
-        assert!(tries <= TRIES, "{target}: {tries} tries\n{}", relay.log());
-        service.peer_of(&large);
-        // as one, so that the relay has them as one to send on
-        let datagram = [&header[..], &large].concat();
-        send_as_one(&proxy.socket, &datagram, 10);
-        for _ in 0..10 {
-            assert_eq!(proxy.answer(), large);
+    for firewall in [Firewall::Iptables, Firewall::Nftables] {
+        let lab = Narrow::new(firewall);
+        lab.add();
+        let relay = run(&lab.wks, "run udp", &[2222]);
+        for (client, target) in [
+            ("203.0.113.7:4000", "172.20.0.2:7000"),
+            ("[2001:db8:7::7]:4000", "[fd20::2]:7000"),
+        ] {
+            let service = Service::echo(&lab.far, target);
+            let proxy = Proxy::new(&lab.vps, addr("10.0.0.1:2222"));
+            proxy.exchange(client, b"hello");
+            assert_eq!(service.peer_of(b"hello"), addr(client));
+            let (header, large) = (announce(client), vec![7; LARGE]);
+            let tries = tries(&proxy, &[&header, &large], &large);
+            assert!(tries <= TRIES, "{target}: {tries} tries\n{}", relay.log());
+            service.peer_of(&large);
+            // as one, so that the relay has them as one to send on
+            let datagram = [&header[..], &large].concat();
+            send_as_one(&proxy.socket, &datagram, 10);
+            for _ in 0..10 {
+                assert_eq!(proxy.answer(), large);
+            }
         }
     }
 }

@@ -46,6 +46,25 @@ impl Rig {
         run(&self.wks, "run echo", &[PORT])
     }
 
+    /// The same with so many descriptors at most.
+    fn start_with_descriptors(&self, limit: usize) -> Running {
+        let mmproxyctl = self.wks.mmproxyctl("run echo");
+        let mut command = self.wks.command("prlimit");
+        command
+            .arg(format!("--nofile={limit}:{limit}"))
+            .arg(mmproxyctl.get_program())
+            .args(mmproxyctl.get_args());
+        for (name, value) in mmproxyctl.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        let relay = self.wks.spawn(command);
+        relay.wait_log("relaying");
+        relay
+    }
+
     pub(super) fn proxy(&self) -> Proxy {
         Proxy::new(&self.vps, addr(LISTEN))
     }
@@ -123,6 +142,59 @@ fn a_reload_keeps_the_flows() {
     relay.wait_log("not on the allow list");
     rig.service.assert_nothing_more();
     old.assert_nothing_more();
+}
+
+/// A relay on other sockets would not know whose the flows are that go on without a header.
+#[test]
+fn a_reload_with_other_listeners_keeps_the_flows() {
+    let rig = Rig::new(",udp-header=first");
+    let _relay = rig.start();
+    let proxy = rig.proxy();
+    proxy.exchange("203.0.113.7:4000", b"before");
+    rig.service.peer_of(b"before");
+    rig.instance(&rig.service, ",udp-header=first,listeners=5");
+    let said = done(&rig.wks, "reload echo");
+    assert!(said.contains("changed: echo"), "{said}");
+    assert!(said.contains("listeners on 10.0.0.1:5300 until"), "{said}");
+    proxy.send(&[b"as before"]);
+    assert_eq!(proxy.answer(), b"as before");
+    assert_eq!(rig.service.peer_of(b"as before"), addr("203.0.113.7:4000"));
+}
+
+/// Where descriptors are short, whoever floods pays, and the process can be asked what is going on.
+#[test]
+fn a_flood_without_descriptors_leaves_the_others_alone() {
+    let rig = Rig::new(",udp-header=first");
+    rig.wks.write("etc/allow.txt", "10.0.0.0/24\n");
+    rig.vps.address("eth0", "10.0.0.3/24");
+    let limit = 96;
+    let relay = rig.start_with_descriptors(limit);
+    let through = |proxy: &str| Proxy::from(&rig.vps, addr(proxy), addr(LISTEN));
+    let quiet: Vec<_> = (0..5)
+        .map(|number| {
+            let proxy = through("10.0.0.3:0");
+            let client = format!("198.51.100.{number}:4000");
+            proxy.exchange(&client, b"hello");
+            rig.service.next();
+            (proxy, client)
+        })
+        .collect();
+    let flood: Vec<_> = (0..200)
+        .map(|number| {
+            let proxy = through("10.0.0.2:0");
+            proxy.exchange(&format!("203.0.113.{number}:4000"), b"flood");
+            rig.service.next();
+            proxy
+        })
+        .collect();
+    done(&rig.wks, "status echo");
+    assert!(descriptors(&relay) < limit - 8, "{}", descriptors(&relay));
+    for (proxy, client) in &quiet {
+        proxy.send(&[b"still here"]);
+        assert_eq!(proxy.answer(), b"still here");
+        assert_eq!(rig.service.peer_of(b"still here"), addr(client));
+    }
+    drop(flood);
 }
 
 /// Another process takes over while a sender asks on, one question after the other: none is lost.

@@ -2,6 +2,7 @@
 
 use mmproxyctl::model::UdpHeader::Spp;
 use mmproxyctl::relay::counters::Refusal;
+use mmproxyctl::relay::header::encode_v1;
 use mmproxyctl::relay::udp::counters::Dropped;
 
 use super::lab::{Proxy, Relay, Service, addr, announce, settings};
@@ -108,6 +109,8 @@ fn what_has_no_such_header_never_reaches_the_service() {
         proxy.send(&[&V4[..length]]);
     }
     proxy.send(&[&announce("192.0.2.7:1234"), b"a v2 header"]);
+    let version1 = encode_v1(addr("192.0.2.7:1"), addr("198.51.100.1:53"));
+    proxy.send(&[&version1, b"a v1 header"]);
     let mut wrong = V4;
     wrong[0] = 0;
     proxy.send(&[&wrong, b"another magic"]);
@@ -119,5 +122,6 @@ fn what_has_no_such_header_never_reaches_the_service() {
     assert_eq!(totals.dropped.of(Dropped::Empty), 1);
     assert_eq!(totals.dropped.of(Dropped::NoPayload), 1);
     assert_eq!(totals.refused.of(Refusal::HeaderTruncated), 37);
+    assert_eq!(totals.dropped.of(Dropped::Version1), 1);
     assert_eq!(totals.refused.of(Refusal::NoHeader), 2);
 }

@@ -46,6 +46,7 @@ impl Worker {
                     }
                 },
             };
+            self.moved += received;
             for slot in 0..received {
                 self.take_in(at, slot);
             }
@@ -139,10 +140,10 @@ impl Worker {
             Ok(Datagram::Bare) => match self.bare(path) {
                 Some(id) => (id, 0),
                 None => {
-                    let message = "dropped: no header, and no flow of this proxy port: the flow began \
-                                   before this relay did, or ended here before it did at the proxy";
-                    self.drop_datagram(Dropped::NoFlow, path, None, &message);
-                    return;
+                    let foreign = datagram::foreign_header(
+                        self.scratch.inbound.bytes(Part::new(slot, from, length)),
+                    );
+                    return self.nobodys(path, foreign);
                 }
             },
             Err(error) => {

@@ -108,6 +108,7 @@ impl Worker {
     pub(super) fn hold(&mut self, flow: Arc<Flow>, port_taken: bool) -> Id {
         let (key, proxy) = (flow.route.key, flow.route.path.proxy().ip());
         let socket = flow.socket();
+        let answered = flow.bytes().1 > 0;
         flow.set_used(self.now);
         let id = self.flows.insert(
             key,
@@ -121,7 +122,7 @@ impl Worker {
                 last: NONE,
                 overflow: 0,
                 asked: false,
-                answered: false,
+                answered,
             },
         );
         self.counters.flows.add(1);
@@ -192,7 +193,7 @@ impl Worker {
                         "the client's port is taken: another one is used, the address kept"
                     );
                 }
-                let socket = Arc::new(socket);
+                let socket = Arc::new(self.leaving_spares(id, socket));
                 flow.set_socket(Some(Arc::clone(&socket)));
                 self.watch(id, socket)
             }
@@ -222,17 +223,6 @@ impl Worker {
         let Some(id) = oldest else { return false };
         self.finish(id, why);
         true
-    }
-
-    /// Ends the oldest flow other than this one, for its descriptor.
-    pub(super) fn make_room_for(&mut self, id: Id) -> bool {
-        match self.flows.oldest().filter(|oldest| *oldest != id) {
-            Some(oldest) => {
-                self.finish(oldest, Ended::NoDescriptors);
-                true
-            }
-            None => false,
-        }
     }
 
     /// Nothing listens at the target. The flow ends; where only its first datagram says whose it is, only

@@ -64,6 +64,7 @@ impl Worker {
                         continue;
                     }
                 };
+            self.moved += received;
             held.asked = false;
             held.answered = true;
             for slot in self.scratch.gathered..self.scratch.gathered + received {

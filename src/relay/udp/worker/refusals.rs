@@ -25,6 +25,9 @@ impl Worker {
                 let message = format!("refused: {error}");
                 return self.drop_datagram(Dropped::Version1, path, None, &message);
             }
+            DatagramError::Version2 | DatagramError::Simple => {
+                (Refusal::NoHeader, format!("refused: {error}"))
+            }
             DatagramError::Header(HeaderError::NotProxy) => {
                 (Refusal::NoHeader, report::no_header_in_datagram(bytes))
             }
@@ -37,6 +40,22 @@ impl Worker {
             }
         };
         self.refuse(kind, path.proxy(), None, &message);
+    }
+
+    /// A datagram without a header and without a flow, and the kind of header that it has all the same.
+    pub(super) fn nobodys(&self, path: &Path, foreign: Option<DatagramError>) {
+        match foreign {
+            Some(error @ DatagramError::Version1) => self.unfit(path, error, &[]),
+            Some(error) => {
+                let message = format_args!("dropped: no flow of this proxy port, and {error}");
+                self.drop_datagram(Dropped::NoFlow, path, None, &message);
+            }
+            None => {
+                let message = "dropped: no header, and no flow of this proxy port: the flow began before \
+                               this relay did, or ended here before it did at the proxy";
+                self.drop_datagram(Dropped::NoFlow, path, None, &message);
+            }
+        }
     }
 
     pub(super) fn refuse_client(&self, kind: Refusal, path: &Path, client: ClientAddr) {
