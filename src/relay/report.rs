@@ -1,7 +1,7 @@
 //! What is said about connections that were not relayed, and how often: a proxy that is misconfigured
 //! makes thousands of the same line.
 //!
-//! Owns: the words for what went wrong; the rate of warnings in [`limit`]. Must not know: sockets in flight.
+//! Owns: the words for what went wrong; the rate of warnings in `limit`. Must not know: sockets in flight.
 
 mod limit;
 
