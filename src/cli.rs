@@ -1,24 +1,27 @@
 //! What can be typed: clap definitions only.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use ipnet::IpNet;
-
+mod conns;
 mod import;
+mod probe;
 mod standalone;
 
 use crate::edge::Kind;
 use crate::metrics::Endpoint;
-use crate::model::{ValueError, parse_duration, parse_prefix};
-use crate::overview::Sort;
+use crate::model::{ValueError, parse_duration};
 use crate::pathway::Firewall;
 
+pub use conns::{
+    ClientMatch, ConnsAction, ConnsCommand, ConnsKillArgs, ConnsListArgs, WhichConnsArgs,
+};
 pub use import::{ImportArgs, ImportSource};
+pub use probe::{Corruption, HeaderForm, ProbeArgs};
 pub use standalone::{OptionFlags, StandaloneArgs};
 
 /// Lets services behind a PROXY-protocol sender see their real clients: kernel pathways and relays.
@@ -309,76 +312,6 @@ pub struct StatusArgs {
     pub watch: Option<Duration>,
 }
 
-/// `conns` and `conns kill`.
-#[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true)]
-pub struct ConnsCommand {
-    /// What to do instead of listing.
-    #[command(subcommand)]
-    pub action: Option<ConnsAction>,
-    /// What to list.
-    #[command(flatten)]
-    pub list: ConnsListArgs,
-}
-
-/// `conns …`.
-#[derive(Debug, Subcommand)]
-pub enum ConnsAction {
-    /// End connections: both sides get a reset
-    Kill(ConnsKillArgs),
-}
-
-/// `conns`.
-#[derive(Debug, Args)]
-pub struct ConnsListArgs {
-    /// Which connections.
-    #[command(flatten)]
-    pub which: WhichConnsArgs,
-    /// In which order
-    #[arg(long, value_name = "KEY", default_value = "age")]
-    pub sort: Sort,
-    /// Show at most so many
-    #[arg(long, value_name = "NUMBER")]
-    pub limit: Option<usize>,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `conns kill`.
-#[derive(Debug, Args)]
-pub struct ConnsKillArgs {
-    /// Which connections.
-    #[command(flatten)]
-    pub which: WhichConnsArgs,
-    /// The one with this id (conns --json)
-    #[arg(long, value_name = "ID")]
-    pub id: Option<u64>,
-    /// Every connection that nothing else restricts; without this, something has to
-    #[arg(long)]
-    pub all: bool,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// Which connections are meant.
-#[derive(Debug, Clone, Args)]
-pub struct WhichConnsArgs {
-    /// Those of these instances
-    #[arg(value_name = "INSTANCE")]
-    pub instances: Vec<String>,
-    /// Those of this client: an address, a prefix, or an address with its port
-    #[arg(long, value_name = "CLIENT")]
-    pub client: Option<ClientMatch>,
-    /// Those that came through this proxy: an address or a prefix
-    #[arg(long, value_name = "PROXY", value_parser = parse_prefix)]
-    pub proxy: Option<IpNet>,
-    /// Those on which nothing has moved for so long
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    pub idle: Option<Duration>,
-}
-
 /// `top`.
 #[derive(Debug, Args)]
 pub struct TopArgs {
@@ -401,176 +334,12 @@ pub struct ExplainArgs {
     pub json: bool,
 }
 
-/// Clients by prefix, or one by address and port.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ClientMatch {
-    /// The address is in here.
-    pub prefix: IpNet,
-    /// The port, if one was named.
-    pub port: Option<u16>,
-}
-
-impl std::str::FromStr for ClientMatch {
-    type Err = ValueError;
-
-    fn from_str(text: &str) -> Result<Self, ValueError> {
-        if let Ok(addr) = text.parse::<SocketAddr>() {
-            return Ok(Self {
-                prefix: addr.ip().to_canonical().into(),
-                port: Some(addr.port()),
-            });
-        }
-        let bare = text
-            .strip_prefix('[')
-            .and_then(|text| text.strip_suffix(']'))
-            .unwrap_or(text);
-        let prefix = parse_prefix(bare).map_err(|_| {
-            ValueError::new(
-                format!("'{text}' names no client"),
-                "203.0.113.7, 203.0.113.0/24, 203.0.113.7:40000 or [2001:db8::7]:40000",
-            )
-        })?;
-        Ok(Self { prefix, port: None })
-    }
-}
-
 /// `check`.
 #[derive(Debug, Args)]
 pub struct CheckArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-}
-
-/// `probe`.
-#[derive(Debug, Args)]
-#[command(after_help = PROBE_EXAMPLES)]
-pub struct ProbeArgs {
-    /// The relay to connect to
-    #[arg(value_name = "ADDR:PORT", value_parser = endpoint)]
-    pub relay: SocketAddr,
-    /// Whose connection this is said to be
-    #[arg(
-        long,
-        value_name = "ADDR:PORT",
-        value_parser = endpoint,
-        required_unless_present_any = ["local", "unknown", "unspec", "corrupt"],
-    )]
-    pub client: Option<SocketAddr>,
-    /// Where that client is said to have connected to, in its family [default: the relay, or a
-    /// documentation address of the client's family]
-    #[arg(long, value_name = "ADDR:PORT", value_parser = endpoint, conflicts_with = "nobody")]
-    pub destination: Option<SocketAddr>,
-    /// The header's form: 1 is a line of text, 2 is binary, spp is Simple Proxy Protocol (UDP) [default: 2]
-    #[arg(long, value_name = "1|2|spp", hide_possible_values = true)]
-    pub version: Option<HeaderForm>,
-    /// Over UDP: stdin is one datagram, with the header in front
-    #[arg(long)]
-    pub udp: bool,
-    /// The header on the first datagram only, as Spectrum and Traefik send it; alone if stdin is empty
-    #[arg(long, requires = "udp")]
-    pub first: bool,
-    /// Each line of stdin is a datagram, without its line end; so is each answer on stdout
-    #[arg(long, requires = "udp")]
-    pub lines: bool,
-    /// Send LOCAL, as a health check of the proxy's own does (version 2)
-    #[arg(long, group = "nobody", conflicts_with = "client")]
-    pub local: bool,
-    /// Send UNKNOWN: no client is named (version 1)
-    #[arg(long, group = "nobody", conflicts_with = "client")]
-    pub unknown: bool,
-    /// Send PROXY with family UNSPEC: no client is named (version 2)
-    #[arg(long, group = "nobody", conflicts_with = "client")]
-    pub unspec: bool,
-    /// Append a TLV: a type and its value in hexadecimal (0xee=00ff), or a name and a text
-    /// (alpn=h2, authority=example.org, unique-id=42, netns=blue); may be repeated (version 2)
-    #[arg(long, value_name = "TYPE=VALUE")]
-    pub tlv: Vec<String>,
-    /// Append a CRC32C of the header (version 2)
-    #[arg(long)]
-    pub crc32c: bool,
-    /// Send the header in so many pieces, each a segment of its own
-    #[arg(
-        long,
-        value_name = "PIECES",
-        default_value = "1",
-        conflicts_with = "udp"
-    )]
-    pub split: std::num::NonZeroUsize,
-    /// The pause between two pieces
-    #[arg(long, value_name = "DURATION", default_value = "20ms", value_parser = parse_duration, conflicts_with = "udp")]
-    pub split_delay: Duration,
-    /// Spoil the header, to see that it is refused
-    #[arg(long, value_name = "HOW")]
-    pub corrupt: Option<Corruption>,
-    /// Connect from this address of this host
-    #[arg(long, value_name = "ADDR")]
-    pub source: Option<IpAddr>,
-    /// How long to wait for the connection, and for an answer once stdin has ended
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_duration)]
-    pub timeout: Duration,
-}
-
-const PROBE_EXAMPLES: &str = "\
-Examples:
-  mmproxyctl probe 100.64.0.1:2222 --client 192.0.2.7:40000 </dev/null
-      sshd's banner, with 192.0.2.7 in its log
-  printf 'GET / HTTP/1.0\\r\\n\\r\\n' | mmproxyctl probe [fd00::1]:8080 --client [2001:db8::7]:40000 --version 1
-      the page, asked for by 2001:db8::7
-  echo hello | mmproxyctl probe 100.64.0.1:7 --client 192.0.2.7:40000 --udp --lines
-      the answer to one datagram
-
-Exit code 0 when the other end answered or closed in order, 1 when it refused, reset or kept silent.";
-
-/// The form of a header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum HeaderForm {
-    /// PROXY, a line of text
-    #[value(name = "1")]
-    V1,
-    /// PROXY, binary
-    #[value(name = "2")]
-    V2,
-    /// Simple Proxy Protocol
-    Spp,
-}
-
-/// What `probe --corrupt` does to a header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Corruption {
-    /// No header at all: stdin comes first
-    Missing,
-    /// The header's first half and then the end
-    Truncated,
-    /// Another signature
-    BadSignature,
-    /// A family that does not exist
-    BadFamily,
-    /// A length that no receiver takes
-    OversizedLength,
-    /// An IPv4 address with 256 in it (version 1)
-    BadAddress,
-    /// Port 65536 (version 1)
-    BadPort,
-    /// LF alone at the line's end (version 1)
-    BadEnd,
-    /// Version 3 (version 2)
-    BadVersion,
-    /// Command 15 (version 2)
-    BadCommand,
-    /// A length that is too small for the addresses (version 2)
-    ShortLength,
-    /// A TLV that is cut off (version 2)
-    TruncatedTlv,
-    /// A CRC32C with a changed bit (version 2)
-    BadCrc,
-}
-
-/// An address and a port, as a header may name them: any port, also 0.
-fn endpoint(text: &str) -> Result<SocketAddr, &'static str> {
-    text.parse().map_err(
-        |_| "expected an address and a port such as 192.0.2.7:40000 or [2001:db8::7]:40000",
-    )
 }
 
 /// `edge-config`.

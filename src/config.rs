@@ -203,7 +203,10 @@ fn load_with(
         .map(|source| pathways::parse(source, &mut found));
     let instance_lines = instance_source
         .as_ref()
-        .map(|source| read_instances(source, pathway_lines.as_deref(), &mut found))
+        .map(|source| {
+            let pathways = pathway_source.as_ref().zip(pathway_lines.as_deref());
+            read_instances(source, pathways, &mut found)
+        })
         .unwrap_or_default();
     let default_allow = allow_source
         .as_ref()
@@ -260,7 +263,10 @@ pub fn load_pathways(directory: &Path) -> Result<PathwayFiles, Diagnostics> {
         .map(|source| pathways::parse(source, &mut found));
     let instance_lines = instance_source
         .as_ref()
-        .map(|source| read_instances(source, pathway_lines.as_deref(), &mut found))
+        .map(|source| {
+            let pathways = pathway_source.as_ref().zip(pathway_lines.as_deref());
+            read_instances(source, pathways, &mut found)
+        })
         .unwrap_or_default();
     if found.errors() > 0 {
         return Err(found.sorted());
@@ -303,15 +309,16 @@ fn reason(error: &io::Error) -> String {
 
 fn read_instances<'s>(
     source: &'s Source,
-    pathways: Option<&[pathways::Line<'_>]>,
+    pathways: Option<(&Source, &[pathways::Line<'_>])>,
     found: &mut Diagnostics,
 ) -> Vec<instances::Line<'s>> {
     let lines = instances::parse(source, found);
     together::check(source, &lines, found);
     // without the file there are no marks to compare with, and its absence has been said where it matters
-    if let Some(pathways) = pathways {
+    if let Some((of_pathways, pathways)) = pathways {
         let marks: BTreeSet<Mark> = pathways.iter().map(|line| line.mark).collect();
         together::check_marks(source, &lines, &marks, found);
+        together::check_intercepted(source, &lines, of_pathways, pathways, found);
     }
     lines
 }

@@ -23,6 +23,7 @@
 //! | [`logging`] | which log lines are written, and in which form | who writes them |
 //! | [`supervisor`] | named tasks: start, start again with back-off, drain | what a task is |
 //! | [`systemd`] | readiness, stored and passed sockets, watchdog | what they are for |
+//! | `causes` | an error with its causes, as one line | who says it |
 //! | [`runtime_dir`] | lock files, named by instance and network namespace | what they protect |
 //!
 //! Dependencies run one way: `commands → {config, pathway, relay} → {socket, model}`; pathway and relay

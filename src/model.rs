@@ -10,6 +10,7 @@ mod duration;
 mod instance;
 mod listen;
 mod network;
+mod options;
 mod pathway;
 mod target;
 
@@ -17,12 +18,10 @@ pub use access::{SocketMode, SocketOwner};
 pub use addr::{ClientAddr, Family, ListenAddr, ProxyAddr, TargetAddr};
 pub use allow::{AllowList, parse_prefix};
 pub use duration::{MAX_DURATION, parse_duration};
-pub use instance::{
-    Instance, InstanceName, InstanceOptions, ListenMode, PortPolicy, Protocol, TargetPorts,
-    UdpHeader,
-};
+pub use instance::{Instance, InstanceName, Protocol, TargetPorts};
 pub use listen::{Endpoint, Listen, ListenRange, PortRange, SocketPath};
 pub use network::{Interception, ListenNetwork};
+pub use options::{InstanceOptions, ListenMode, PortPolicy, UdpHeader};
 pub use pathway::{ConnmarkMode, Mark, Mask, Pathway, Priority, TRANSPARENT_MARK, TableId};
 pub use target::{Answers, NamedTargets, TargetName};
 

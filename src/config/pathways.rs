@@ -29,7 +29,7 @@ pub(super) struct Line<'s> {
     /// None where it is no table; the word is the mark where nothing was said.
     table: Option<(TableId, Word<'s>)>,
     /// None where it is no mask or does not cover the mark.
-    mask: Option<(Mask, Word<'s>)>,
+    pub(super) mask: Option<(Mask, Word<'s>)>,
     priority: Priority,
     connmark: ConnmarkMode,
     targets: BTreeSet<IpNet>,

@@ -91,7 +91,7 @@ fn parse_all(bytes: &[u8]) {
     assert!(complete || found.errors() > 0);
 
     let mut of_instances = Diagnostics::default();
-    let instances = read_instances(&source, Some(&pathways), &mut of_instances);
+    let instances = read_instances(&source, Some((&source, &pathways)), &mut of_instances);
     let complete = instances.iter().all(|line| line.instance.is_some());
     assert!(complete || of_instances.errors() > 0);
 

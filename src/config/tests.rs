@@ -1415,3 +1415,38 @@ fn transparent_listeners_are_the_pathways_affair() {
     assert!(read.pathways[1].interceptions.is_empty());
     assert_eq!(read.instances[2].listen.to_string(), "0.0.0.0:8443");
 }
+
+/// Not only the very mark: under the mask of the listener's pathway another one can look the same.
+#[test]
+fn marks_that_look_like_intercepted_packets() {
+    for (pathways, taken) in [
+        ("123\n8192\n", Some("8192")),
+        ("123\n0x2100 mask=0xff00\n", Some("8448")),
+        ("123\n0x2101 mask=0xffff\n", None),
+        ("123 mask=0xffff\n0x2100 mask=0xff00\n", None),
+    ] {
+        let dir = directory(
+            pathways,
+            "a\t123\t203.0.113.0/24:443\t127.0.0.1\t443\t::1\tlisten=transparent\n",
+            PROXY,
+        );
+        let said = match load_pathways(dir.path()) {
+            Ok(_) => None,
+            Err(found) => Some(found.to_string()),
+        };
+        match taken {
+            None => assert_eq!(said, None, "{pathways}"),
+            Some(mark) => {
+                let said = said.expect(pathways);
+                let expected = format!(
+                    "packets of mark {mark} look like those that are handed to a transparent listener"
+                );
+                assert!(said.contains(&expected), "{said}");
+                assert!(
+                    said.contains("what is routed here for 203.0.113.0/24:443"),
+                    "{said}"
+                );
+            }
+        }
+    }
+}

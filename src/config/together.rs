@@ -5,9 +5,11 @@ use std::net::SocketAddr;
 
 use super::diagnostics::{Diagnostic, Diagnostics};
 use super::instances::Line;
+use super::pathways;
 use super::source::{Source, Word};
 use crate::model::{
-    Family, InstanceName, Listen, ListenNetwork, ListenRange, Mark, PortRange, Protocol, SocketPath,
+    Family, InstanceName, Listen, ListenNetwork, ListenRange, Mark, PortRange, Protocol,
+    SocketPath, TRANSPARENT_MARK,
 };
 
 /// Names, listen addresses and targets of all instances.
@@ -47,6 +49,45 @@ pub(super) fn check_marks(
                 format!("no pathway has mark {mark}"),
                 expected.as_str(),
             ));
+        }
+    }
+}
+
+/// No pathway's own packets look like those that are handed to a transparent listener: they would come back
+/// where they go to one of its addresses.
+pub(super) fn check_intercepted(
+    source: &Source,
+    lines: &[Line<'_>],
+    of_pathways: &Source,
+    pathways: &[pathways::Line<'_>],
+    found: &mut Diagnostics,
+) {
+    let mask_of = |mark| pathways.iter().find(|one| one.mark == mark)?.mask;
+    let networks: Vec<_> = lines
+        .iter()
+        .filter_map(|line| match (&line.listen, line.mark) {
+            (Some((Listen::Network(network), word)), Some((mark, _))) if !network.is_anywhere() => {
+                Some((mask_of(mark)?.0, network, *word))
+            }
+            _ => None,
+        })
+        .collect();
+    for pathway in pathways {
+        let taken = networks
+            .iter()
+            .find(|(mask, ..)| mask.takes_for_intercepted(pathway.mark));
+        if let Some((mask, network, word)) = taken {
+            found.push(
+                Diagnostic::error(
+                    of_pathways.position(pathway.mark_word),
+                    format!(
+                        "packets of mark {} look like those that are handed to a transparent listener",
+                        pathway.mark
+                    ),
+                    format!("a mark that has not just the bit {TRANSPARENT_MARK:#x} of {}", mask.transparent()),
+                )
+                .with(&source.position(*word), format!("what is routed here for {network}")),
+            );
         }
     }
 }

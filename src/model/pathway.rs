@@ -84,6 +84,17 @@ impl Mask {
         self.0.get()
     }
 
+    /// With the bit of packets that are handed to transparent listeners ([`Pathway::transparent_mask`]).
+    pub(crate) fn transparent(self) -> Self {
+        Self(self.0 | TRANSPARENT_MARK)
+    }
+
+    /// Whether packets of another pathway with this mark would be taken for some that are to be handed to
+    /// the transparent listeners of a pathway with this mask.
+    pub(crate) fn takes_for_intercepted(self, other: Mark) -> bool {
+        other.get() & self.transparent().get() == TRANSPARENT_MARK
+    }
+
     /// Whether every bit of the mark is inside the mask; else no packet could ever match.
     pub fn covers(self, mark: Mark) -> bool {
         mark.get() & self.get() == mark.get()
@@ -289,7 +300,7 @@ impl Pathway {
     /// is intercepted as well (a proxy in line before the services), they would come back here. The mask has
     /// the pathway's bits, so that what carries its mark never matches.
     pub fn transparent_mask(&self) -> Mask {
-        Mask(self.mask.0 | TRANSPARENT_MARK)
+        self.mask.transparent()
     }
 
     /// Whether CONNMARK rules are wanted for the targets as they are.

@@ -128,6 +128,12 @@ impl Pair {
 
     /// Moves what can be moved. Wakes when either side has news.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>, shared: &Shared<'_>) -> Poll<End> {
+        if let Some(fault) = self.up.failed() {
+            return Poll::Ready(fault.seen(Side::Client, Side::Target));
+        }
+        if let Some(fault) = self.down.failed() {
+            return Poll::Ready(fault.seen(Side::Target, Side::Client));
+        }
         let before = self.up.bytes + self.down.bytes;
         let up = self
             .up
@@ -180,5 +186,81 @@ struct Unsent {
 impl Unsent {
     fn boxed(data: Box<[u8]>) -> Box<Self> {
         Box::new(Self { data, sent: 0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::{Future, poll_fn};
+    use std::io::{ErrorKind, Read, Write};
+    use std::net;
+    use std::pin::pin;
+
+    use super::*;
+    use crate::socket::reset_on_close;
+
+    /// Two ends of a connection; the relay's first.
+    fn line() -> (TcpStream, net::TcpStream) {
+        let listener = net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let other = net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (ours, _) = listener.accept().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        (TcpStream::from_std(ours).unwrap(), other)
+    }
+
+    /// Sending to the client tells of its reset, and the other direction must not take what it reads then for
+    /// an end that the service is to see.
+    #[test]
+    fn a_reset_that_a_round_was_told_is_no_end() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let ((client, mut proxy), (target, mut service)) = (line(), line());
+            // a whole piece, behind which more is looked for at once
+            proxy.write_all(&[7; ring::ROOM]).unwrap();
+            service.write_all(b"answer").unwrap();
+            client.readable().await.unwrap();
+            target.readable().await.unwrap();
+            let (ring, buffer) = (Ring::new().unwrap(), vec![0; BUFFER].into_boxed_slice());
+            let shared = Shared {
+                buffer: &RefCell::new(buffer),
+                ring: Some(&ring),
+                pipes: &Pool::default(),
+                to_target: &Counter::default(),
+                to_client: &Counter::default(),
+                spliced: &Counter::default(),
+            };
+            let mut pair = Pair::new(client, target, First::default(), None);
+            let mut round = pin!(Rc::clone(&ring).run());
+            poll_fn(|cx| {
+                assert!(
+                    pair.poll(cx, &shared).is_pending(),
+                    "both wait for the round"
+                );
+                reset_on_close(&proxy);
+                Poll::Ready(())
+            })
+            .await;
+            drop(proxy);
+            let end = poll_fn(|cx| {
+                assert!(round.as_mut().poll(cx).is_pending());
+                pair.poll(cx, &shared)
+            })
+            .await;
+            let broken = matches!(
+                end,
+                End::Broken {
+                    side: Side::Client,
+                    ..
+                }
+            );
+            assert!(broken, "{end:?}");
+            service.read_exact(&mut [0; ring::ROOM]).unwrap();
+            service.set_nonblocking(true).unwrap();
+            let nothing = service.read(&mut [0; 1]).expect_err("a good end");
+            assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
+        });
     }
 }

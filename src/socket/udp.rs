@@ -11,9 +11,8 @@ use nix::errno::Errno;
 use nix::sys::socket::{SetSockOpt, setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
-use super::{
-    Failure, ListenError, Locality, Reach, Sharing, Spoof, SpoofError, locality, set_transparent,
-};
+use super::spoof::{Locality, Spoof, SpoofError, locality};
+use super::{Failure, ListenError, Reach, Sharing, set_transparent};
 use crate::model::{Family, ListenAddr, PortPolicy, TargetAddr};
 
 /// The receive and send buffer of a listener, in bytes as the kernel accounts them: a datagram of 100 bytes

@@ -9,5 +9,6 @@ mod ports;
 mod run;
 mod setup;
 mod spread;
+mod stress;
 mod together;
 mod transfer;

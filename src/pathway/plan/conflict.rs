@@ -1,6 +1,6 @@
 //! What forbids a plan: somebody else's property, or what the chosen back end cannot do.
 
-use crate::model::{Interception, Mark, Pathway, TRANSPARENT_MARK};
+use crate::model::{Interception, Mark, Pathway};
 use crate::pathway::firewall::Backend;
 use crate::pathway::firewall::table::Table;
 use crate::pathway::piece::SWITCH;
@@ -60,10 +60,10 @@ pub enum Conflict {
         /// The first of what it wants.
         interception: Interception,
     },
-    /// A pathway's mark is that of packets that are handed to transparent listeners.
+    /// A pathway's mark looks like that of packets that are handed to transparent listeners.
     #[error(
-        "mark {mark} is what packets for transparent listeners are marked with (listen=transparent): give \
-         that pathway another mark"
+        "mark {mark} looks like that of packets for transparent listeners (listen=transparent): give that \
+         pathway another mark"
     )]
     TransparentMark {
         /// The pathway.
@@ -125,8 +125,8 @@ pub(super) fn with_firewall(
         return Vec::new();
     }
     let of_us = pathways.iter().find(|pathway| {
-        pathway.mark.get() == TRANSPARENT_MARK & pathway.mask.get()
-            && pathways.iter().any(|one| !one.interceptions.is_empty())
+        let mut listening = pathways.iter().filter(|one| !one.interceptions.is_empty());
+        listening.any(|one| one.mask.takes_for_intercepted(pathway.mark))
     });
     if let Some(Pathway { mark, .. }) = of_us {
         return vec![Conflict::TransparentMark { mark: *mark }];

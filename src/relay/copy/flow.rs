@@ -54,6 +54,15 @@ pub(super) enum Fault {
 }
 
 impl Fault {
+    /// What is wrong with a round's outcome, where anything is.
+    fn of(outcome: Outcome) -> Option<Self> {
+        const LATER: [Errno; 2] = [Errno::EAGAIN, Errno::EINTR];
+        let errno =
+            |bytes: Result<usize, Errno>| bytes.err().filter(|errno| !LATER.contains(errno));
+        let reading = errno(outcome.received).map(|errno| Self::Reading(errno.into()));
+        reading.or_else(|| errno(outcome.sent).map(|errno| Self::Writing(errno.into())))
+    }
+
     pub(super) fn seen(self, from: Side, to: Side) -> End {
         let (side, error) = match self {
             Self::Reading(error) => (from, error),
@@ -145,27 +154,35 @@ impl Flow {
         }
     }
 
+    /// What a round has failed at, unless that was looked at before.
+    ///
+    /// To be asked of both directions before either is polled: the kernel tells a socket's error once. Where
+    /// sending to a socket has told of a reset, reading from it finds what looks like a good end.
+    pub(super) fn failed(&self) -> Option<Fault> {
+        match &self.state {
+            State::Queued(ticket) => Fault::of(ticket.outcome()?),
+            _ => None,
+        }
+    }
+
     /// Takes note of what a round has done.
     fn moved(&mut self, outcome: Outcome, counter: &Counter) -> Result<(), Fault> {
+        if let Some(fault) = Fault::of(outcome) {
+            return Err(fault);
+        }
         let received = match outcome.received {
             Ok(0) => {
                 self.state = State::Done;
                 return Ok(());
             }
-            Ok(received) => received,
-            // announced once more than there was something
-            Err(Errno::EAGAIN) => 0,
             Err(Errno::EINTR) => {
                 self.state = State::Copy { more: true };
                 return Ok(());
             }
-            Err(errno) => return Err(Fault::Reading(errno.into())),
+            // announced once more than there was something
+            received => received.unwrap_or_default(),
         };
-        let sent = match outcome.sent {
-            Ok(sent) => sent,
-            Err(Errno::EAGAIN | Errno::EINTR) => 0,
-            Err(errno) => return Err(Fault::Writing(errno.into())),
-        };
+        let sent = outcome.sent.unwrap_or_default();
         self.count(sent, counter);
         let next = match received {
             ring::ROOM => State::Copy { more: true },

@@ -250,6 +250,8 @@ impl Service {
         work: impl Fn(TcpStream) + Send + Sync + 'static,
     ) -> Self {
         let listener = host.enter(|| TcpListener::bind(addr)).expect("bind");
+        // std's 128 waiting connections are fewer than some tests make at once
+        SockRef::from(&listener).listen(4096).expect("listen");
         let accepting = listener.try_clone().expect("clone");
         let (seen, peers) = channel();
         let work = Arc::new(work);
