@@ -106,7 +106,7 @@ pub struct Listeners {
 /// Binds `count` sockets to one address (`SO_REUSEPORT`); port 0 takes one free port for all of them.
 ///
 /// What an accepted socket inherits from its listener is set here once, not per connection:
-/// `TCP_NODELAY`, `SO_KEEPALIVE` and its times.
+/// `TCP_NODELAY`, `SO_OOBINLINE`, `SO_KEEPALIVE` and its times.
 ///
 /// # Errors
 /// When the address is in use, also by another program that set `SO_REUSEPORT`, or cannot be bound.
@@ -137,9 +137,7 @@ fn listeners(addr: SocketAddr, reach: Reach, count: NonZeroUsize) -> Result<List
 /// One more listener on an address that others of this user listen on with `SO_REUSEPORT`.
 fn sharing_listener(addr: SocketAddr, reach: Reach) -> Result<TcpListener, Failure> {
     let socket = bound(addr, reach, Sharing::ReusePort)?.socket;
-    socket
-        .set_tcp_nodelay(true)
-        .map_err(Failure::at("set TCP_NODELAY"))?;
+    set_stream(&socket)?;
     set_keepalive(&socket)?;
     loopback::send_at_once(&socket, addr.ip());
     // The header comes with the SYN, a round trip earlier, where this host (net.ipv4.tcp_fastopen)
@@ -239,6 +237,17 @@ fn bound(addr: SocketAddr, reach: Reach, sharing: Sharing) -> Result<Bound, Fail
     })
 }
 
+/// What a relayed connection has at both ends: bytes leave at once, urgent ones among the others (RFC 6093; else
+/// the last of them would be left out of the stream).
+fn set_stream(socket: &Socket) -> Result<(), Failure> {
+    socket
+        .set_tcp_nodelay(true)
+        .map_err(Failure::at("set TCP_NODELAY"))?;
+    socket
+        .set_out_of_band_inline(true)
+        .map_err(Failure::at("set SO_OOBINLINE"))
+}
+
 fn set_keepalive(socket: &Socket) -> Result<(), Failure> {
     socket
         .set_tcp_keepalive(
@@ -259,9 +268,7 @@ pub fn adopt_listener(listener: &TcpListener) -> Result<(), Failure> {
     socket
         .set_nonblocking(true)
         .map_err(Failure::at("set O_NONBLOCK"))?;
-    socket
-        .set_tcp_nodelay(true)
-        .map_err(Failure::at("set TCP_NODELAY"))?;
+    set_stream(&socket)?;
     set_keepalive(&socket)
 }
 

@@ -8,6 +8,7 @@
 mod flow;
 mod idle;
 mod ring;
+mod urgent;
 
 use std::cell::RefCell;
 use std::io;

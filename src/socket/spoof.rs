@@ -10,7 +10,9 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use super::{Failure, ephemeral, loopback, reset_on_close, set_keepalive, set_transparent};
+use super::{
+    Failure, ephemeral, loopback, reset_on_close, set_keepalive, set_stream, set_transparent,
+};
 use crate::model::{ClientAddr, Mark, PortPolicy, TargetAddr};
 
 /// A connection to a target that comes from the client's address.
@@ -211,9 +213,7 @@ fn begin_unchecked(spoof: &Spoof, port: SourcePort) -> Result<TcpStream, Begin> 
             .set_mark(mark.get())
             .map_err(Failure::at("set SO_MARK"))?;
     }
-    socket
-        .set_tcp_nodelay(true)
-        .map_err(Failure::at("set TCP_NODELAY"))?;
+    set_stream(&socket)?;
     if spoof.target.ip().is_loopback() {
         // the kernel itself knows when the service is gone: no keepalive
         loopback::send_at_once(&socket, spoof.target.ip());

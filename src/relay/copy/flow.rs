@@ -13,7 +13,7 @@ use tokio::io::{AsyncWrite, Interest};
 use tokio::net::TcpStream;
 
 use super::ring::{self, Outcome, Ticket};
-use super::{BULK, End, SMALL, Shared, Side, TURN, Unsent};
+use super::{BULK, End, SMALL, Shared, Side, TURN, Unsent, urgent};
 use crate::relay::counters::Counter;
 use crate::relay::splice::Pipe;
 
@@ -184,9 +184,9 @@ impl Flow {
         };
         let sent = outcome.sent.unwrap_or_default();
         self.count(sent, counter);
-        let next = match received {
-            ring::ROOM => State::Copy { more: true },
-            _ => State::Small,
+        let next = match received == ring::ROOM || outcome.more {
+            true => State::Copy { more: true },
+            false => State::Small,
         };
         let before = std::mem::replace(&mut self.state, next);
         if let State::Queued(ticket) = before
@@ -233,14 +233,15 @@ impl Flow {
                 }
             }
         }
-        // a read that does not fill the buffer has left nothing behind
-        let more = data.len() == buffer.len();
-        if !more {
+        // a read that does not fill the buffer has left nothing behind, unless it ended at an urgent mark
+        let more = data.len() == buffer.len() || {
             taken(from);
-        }
+            urgent::is_more(from)
+        };
         self.state = match sent {
             BULK.. => State::Splice { more },
             ring::ROOM.. => State::Copy { more },
+            _ if more => State::Copy { more },
             _ => State::Small,
         };
         self.count(sent, counter);
@@ -265,7 +266,10 @@ impl Flow {
                 match error.kind() {
                     io::ErrorKind::WouldBlock => {
                         taken(from);
-                        State::Splice { more: false }
+                        match urgent::is_more(from) {
+                            true => State::Copy { more: true },
+                            false => State::Splice { more: false },
+                        }
                     }
                     io::ErrorKind::Interrupted => State::Splice { more: true },
                     _ => return Err(Fault::Reading(error)),

@@ -14,10 +14,12 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 use tracing::warn;
+
+use super::urgent;
 
 /// What one piece has room for. A page of it costs memory once bytes have come to it.
 pub(super) const ROOM: usize = 16 << 10;
@@ -66,6 +68,9 @@ impl Piece {
 pub(super) struct Outcome {
     /// How many bytes came, at most [`ROOM`]; 0 is the end.
     pub(super) received: Result<usize, Errno>,
+    /// Something was left behind them: the end, or what is behind an urgent mark. Where they fill the room
+    /// there may be more in any case.
+    pub(super) more: bool,
     /// How many of them were passed on at once.
     pub(super) sent: Result<usize, Errno>,
 }
@@ -74,6 +79,7 @@ impl Outcome {
     fn nothing(received: Result<usize, Errno>) -> Self {
         Self {
             received,
+            more: false,
             sent: Ok(0),
         }
     }
@@ -184,8 +190,11 @@ impl Inner {
                 .build();
             push(uring, receive.user_data(number as u64))?;
         }
-        complete(uring, queue.len(), |number, received| {
-            queue[number].outcome.set(Some(Outcome::nothing(received)));
+        complete(uring, queue.len(), |number, received, more| {
+            queue[number].outcome.set(Some(Outcome {
+                more,
+                ..Outcome::nothing(received)
+            }));
         })?;
         let mut sends = 0;
         for (number, piece) in queue.iter().enumerate() {
@@ -203,7 +212,7 @@ impl Inner {
             }
         }
         // a call that fails has begun nothing: what was not sent then is sent by its owner
-        complete(uring, sends, |number, sent| {
+        complete(uring, sends, |number, sent, _| {
             if let Some(outcome) = queue[number].outcome.get() {
                 queue[number].outcome.set(Some(Outcome { sent, ..outcome }));
             }
@@ -220,6 +229,7 @@ fn move_alone(piece: &Piece) -> Outcome {
             Outcome {
                 received,
                 sent: send(piece.to.get(), &room[..length], flags),
+                more: urgent::is_more(&piece.from.get()),
             }
         }
         _ => Outcome::nothing(received),
@@ -235,11 +245,12 @@ fn push(uring: &mut IoUring, entry: squeue::Entry) -> io::Result<()> {
     pushed.map_err(io::Error::other)
 }
 
-/// Begins the operations that were pushed, of which none waits, and takes their results.
+/// Begins the operations that were pushed, of which none waits, and takes their results; with each, whether the
+/// socket that was received from has more.
 fn complete(
     uring: &mut IoUring,
     mut left: usize,
-    mut result: impl FnMut(usize, Result<usize, Errno>),
+    mut result: impl FnMut(usize, Result<usize, Errno>, bool),
 ) -> io::Result<()> {
     while left > 0 {
         match uring.submit_and_wait(left) {
@@ -251,7 +262,8 @@ fn complete(
             let outcome = usize::try_from(completion.result())
                 .map_err(|_| Errno::from_raw(-completion.result()));
             // its place in the queue
-            result(completion.user_data() as usize, outcome);
+            let more = cqueue::sock_nonempty(completion.flags());
+            result(completion.user_data() as usize, outcome, more);
             left -= 1;
         }
     }
@@ -365,6 +377,7 @@ mod tests {
                     let all = Ok(text.len());
                     let expected = Outcome {
                         received: all,
+                        more: false,
                         sent: all,
                     };
                     assert_eq!(ticket.outcome(), Some(expected));
@@ -392,7 +405,8 @@ mod tests {
                 .map(|line| line.queue(&ring, Waker::noop()))
                 .collect();
             round(&ring);
-            let outcomes: Vec<_> = tickets.iter().filter_map(Ticket::outcome).collect();
+            let outcomes = tickets.iter().filter_map(Ticket::outcome);
+            let outcomes: Vec<_> = outcomes.map(|one| (one.received, one.sent)).collect();
             let expected = [
                 (Err(Errno::EAGAIN), Ok(0)),
                 (Ok(0), Ok(0)),
@@ -400,10 +414,7 @@ mod tests {
                 (Ok(4), Err(Errno::EPIPE)),
                 (Ok(5), Err(Errno::EAGAIN)),
             ];
-            assert_eq!(
-                outcomes,
-                expected.map(|(received, sent)| Outcome { received, sent })
-            );
+            assert_eq!(outcomes, expected);
             assert_eq!(&*tickets[4].unsent(), b"later");
         }
     }

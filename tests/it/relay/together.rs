@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use std::sync::Barrier;
 
 use mmproxyctl::relay::workers::IoUring;
+use socket2::SockRef;
 
 use super::lab::{Lab, Relay, Service, exchange, reset, settings};
 
@@ -114,6 +115,35 @@ fn resets_among_others_bytes() {
                 }
             });
             relay.wait("all over", |totals| totals.active == 0);
+        }
+    }
+}
+
+/// A read ends at an urgent mark however much is behind it, and a splice does not get past it.
+#[test]
+fn what_is_behind_an_urgent_byte_comes_without_more_behind_it() {
+    const CONNECTIONS: usize = 8;
+    for io_uring in BOTH {
+        let lab = Lab::new();
+        let service = Service::echo(&lab.wks, "127.0.0.1:0");
+        let relay = Relay::start_with(&lab.wks, settings(&[service.addr]), io_uring);
+        for length in [3, 20_000, 1_000_000] {
+            at_once(&lab, &relay, CONNECTIONS, |connection, mut stream| {
+                let (before, behind) = (bytes(connection, 1, length), bytes(connection, 2, 3));
+                let mut echo = vec![0; before.len() + 1 + behind.len()];
+                std::thread::scope(|scope| {
+                    let mut sender = stream.try_clone().unwrap();
+                    let (before, behind) = (&before, &behind);
+                    scope.spawn(move || {
+                        sender.write_all(before).unwrap();
+                        assert_eq!(SockRef::from(&sender).send_out_of_band(b"!").unwrap(), 1);
+                        sender.write_all(behind).unwrap();
+                    });
+                    let read = stream.read_exact(&mut echo);
+                    read.unwrap_or_else(|error| panic!("{io_uring:?}, {length}: {error}"));
+                });
+                assert!(echo == [before, b"!".to_vec(), behind].concat());
+            });
         }
     }
 }
