@@ -71,6 +71,9 @@ const PRESSED: Duration = Duration::from_micros(100);
 /// After a round of fewer datagrams than this, waiting for company pays; more of them pay for their round.
 const FEW: usize = 16;
 
+/// So does it for a single flow, served both ways: the longer its runs, the fewer packets.
+const ONE_FLOW: usize = 2;
+
 /// What an event is about; a flow's is its [`Id`], below all of these.
 const LISTENERS: u64 = 1 << 32;
 const MAILBOX: u64 = 1 << 33;
@@ -144,6 +147,8 @@ pub(super) struct Worker {
     unfinished: Vec<Id>,
     /// Datagrams, or runs of them, that were read in this round.
     moved: usize,
+    /// How often in it a flow got or gave some, either way.
+    served: usize,
     recent: Recent,
     /// The first descriptor that flows leave alone, as it was last looked up.
     spare_from: RawFd,
@@ -222,6 +227,7 @@ impl Worker {
             to_client: SegmentLimit::default(),
             unfinished: Vec::new(),
             moved: 0,
+            served: 0,
             recent: Recent::default(),
             spare_from: 0,
             common,
@@ -241,9 +247,10 @@ impl Worker {
         let mut pressed = false;
         loop {
             let mut rounds = 0;
-            while let Some(moved) = self.round()? {
+            while self.round()? {
                 rounds += 1;
-                if moved < FEW && (pressed || rounds > 1) {
+                let wants_company = self.moved < FEW || self.served <= ONE_FLOW;
+                if wants_company && (pressed || rounds > 1) {
                     // whoever sends and answers gets the CPU first, where it is short: what comes meanwhile
                     // is read at once, and runs of it cost the kernel little more than one datagram
                     std::thread::yield_now();
@@ -283,15 +290,14 @@ impl Worker {
         }
     }
 
-    /// Does what there is to do, without waiting: how many datagrams (or runs of them) were read; `None` when
-    /// there was nothing to do.
-    fn round(&mut self) -> io::Result<Option<usize>> {
+    /// Does what there is to do, without waiting; false when there was nothing.
+    fn round(&mut self) -> io::Result<bool> {
         let mut events = [EpollEvent::empty(); EVENTS];
         let ready = self.epoll.take(&mut events)?;
         self.now = self.common.started.elapsed().as_millis() as u64;
         let again = std::mem::take(&mut self.unfinished);
         let busy = ready > 0 || !again.is_empty();
-        self.moved = 0;
+        (self.moved, self.served) = (0, 0);
         let _named = self.span.clone().entered();
         if busy {
             let settings = self.common.settings.load();
@@ -308,7 +314,7 @@ impl Worker {
             outcome?;
         }
         self.expire();
-        Ok(busy.then_some(self.moved))
+        Ok(busy)
     }
 
     fn handle(&mut self, events: &[EpollEvent], again: Vec<Id>) -> io::Result<()> {

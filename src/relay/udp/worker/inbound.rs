@@ -234,6 +234,7 @@ impl Worker {
 
     /// Sends what is queued, flow by flow.
     pub(super) fn send_queued(&mut self) {
+        self.served += self.scratch.touched.len();
         for at in 0..self.scratch.touched.len() {
             self.send_queue_of(self.scratch.touched[at]);
         }

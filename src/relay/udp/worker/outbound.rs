@@ -65,6 +65,7 @@ impl Worker {
                     }
                 };
             self.moved += received;
+            self.served += 1;
             held.asked = false;
             held.answered = true;
             for slot in self.scratch.gathered..self.scratch.gathered + received {
