@@ -4,11 +4,11 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
-use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use nix::unistd::{Gid, Pid, Uid, setfsgid, setfsuid};
 
 use super::{Rig, relayed};
 use crate::relay::lab::{SOON, announce, exchange};
@@ -59,6 +59,26 @@ where
         assert!(answer == sent, "other bytes came back");
     });
     then(stream);
+}
+
+/// Whether a process has the socket that accepts at this path.
+fn listens(pid: Pid, path: &Path) -> bool {
+    const ACCEPTS: &str = "00010000"; // __SO_ACCEPTCON of Linux' include/linux/net.h
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/unix")).expect("the sockets");
+    let sockets = table
+        .lines()
+        .map(|line| line.split(' ').filter(|word| !word.is_empty()));
+    let mut links = sockets.filter_map(|mut words| {
+        let flags = words.nth(3)?;
+        let inode = words.nth(2)?;
+        let at = words.next()?;
+        (flags == ACCEPTS && Path::new(at) == path).then(|| format!("socket:[{inode}]"))
+    });
+    let link = links.next().expect("somebody listens");
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("the descriptors");
+    descriptors
+        .filter_map(|descriptor| std::fs::read_link(descriptor.ok()?.path()).ok())
+        .any(|to| to == Path::new(&link))
 }
 
 /// A connection through the socket whose client the service sees.
@@ -198,8 +218,11 @@ fn the_socket_goes_to_the_successor_and_to_the_next_configuration() {
     let mut open = connect(&rig, &path, "192.0.2.7:4000");
     rig.said("upgrade");
     assert_eq!(inode(), made, "the same file");
-    // until then both accept
     first.wait_log("handed over");
+    // until then both accept
+    wait_for("the old process to give the socket up", || {
+        !listens(first.pid(), &path)
+    });
     let mut new = connect(&rig, &path, "192.0.2.7:4001");
     relayed(&mut open, b"");
     drop(open);

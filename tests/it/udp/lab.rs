@@ -209,12 +209,15 @@ impl Proxy {
 
     /// The same from this address.
     pub(crate) fn from(host: &Host, from: SocketAddr, relay: SocketAddr) -> Self {
-        let socket = host.enter(|| {
-            let socket = UdpSocket::bind(from).expect("bind");
-            // an answer from another address than the relay's would not arrive
-            socket.connect(relay).expect("connect");
-            socket
+        let mut bound = None;
+        // an address that another socket had a moment ago: see `wait_sockets_to`
+        wait_for(&format!("{from} to be free"), || {
+            bound = host.enter(|| UdpSocket::bind(from).ok());
+            bound.is_some()
         });
+        let socket = bound.expect("bound");
+        // an answer from another address than the relay's would not arrive
+        socket.connect(relay).expect("connect");
         socket.set_read_timeout(Some(SOON)).expect("read timeout");
         Self { socket }
     }
