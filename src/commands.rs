@@ -72,6 +72,14 @@ fn say(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
+/// Waits for a future where there is one, else for ever. As cancel-safe as the future.
+async fn option<F: Future>(future: Option<F>) -> Option<F::Output> {
+    match future {
+        Some(future) => Some(future.await),
+        None => std::future::pending().await,
+    }
+}
+
 /// Mistakes or warnings as text for stderr: in colour on a terminal, unless `$NO_COLOR` is set
 /// (<https://no-color.org>).
 fn drawn(diagnostics: &Diagnostics) -> String {

@@ -37,7 +37,7 @@
 //! One connection: `relay::worker` (accept) → `relay::setup` (allowed proxy? [`relay::header`], pure) →
 //! [`socket`] (spoofed, marked connect to the target of the client's family) → `relay::copy` both ways.
 
-mod causes;
+pub mod causes;
 pub mod cli;
 pub mod commands;
 pub mod compat;

@@ -16,7 +16,7 @@ mod target;
 
 pub use access::{SocketMode, SocketOwner};
 pub use addr::{ClientAddr, Family, ListenAddr, ProxyAddr, TargetAddr};
-pub use allow::{AllowList, parse_prefix};
+pub use allow::{AllowList, parse_prefix, prefix_text};
 pub use duration::{MAX_DURATION, parse_duration};
 pub use instance::{Instance, InstanceName, Protocol, TargetPorts};
 pub use listen::{Endpoint, Listen, ListenRange, PortRange, SocketPath};

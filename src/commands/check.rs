@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::output::{print_json, results, table, trimmed};
 use crate::cli::{CheckArgs, Global};
 use crate::config::{self, Configuration, Diagnostics};
-use crate::model::{AllowList, ConnmarkMode, Family, Instance, Pathway};
+use crate::model::{AllowList, ConnmarkMode, Family, Instance, Pathway, prefix_text};
 
 /// Runs the verb.
 pub(super) fn run(global: &Global, args: &CheckArgs) -> anyhow::Result<ExitCode> {
@@ -107,16 +107,7 @@ impl<'c> Invalid<'c> {
 
 /// Addresses bare, networks with their length.
 fn prefixes(list: &AllowList) -> Vec<String> {
-    list.prefixes()
-        .iter()
-        .map(|prefix| {
-            if prefix.prefix_len() == prefix.max_prefix_len() {
-                prefix.addr().to_string()
-            } else {
-                prefix.to_string()
-            }
-        })
-        .collect()
+    list.prefixes().iter().map(prefix_text).collect()
 }
 
 fn summary(configuration: &Configuration) -> String {

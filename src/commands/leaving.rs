@@ -6,7 +6,7 @@
 //!
 //! Owns: what stays for how long. Must not know: where the files are, who relays, how anything is removed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -111,10 +111,7 @@ impl Leaving {
         }
         let before = self.in_place();
         self.cut_short();
-        let used = match self.former.is_empty() {
-            true => BTreeMap::new(),
-            false => pathway::connections(&self.former),
-        };
+        let used = pathway::connections(&self.former);
         for (&mark, connections) in &used {
             if self.said.insert(mark) {
                 info!(%mark, connections, "wanted no more: the pathway stays until the connections there have ended");

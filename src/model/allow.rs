@@ -95,6 +95,14 @@ pub fn parse_prefix(text: &str) -> Result<IpNet, ValueError> {
     parsed.ok_or_else(|| ValueError::new(format!("'{text}' is not a prefix"), EXPECTED))
 }
 
+/// A prefix as [`parse_prefix`] reads it: an address bare, a network with its length.
+pub fn prefix_text(prefix: &IpNet) -> String {
+    match prefix.prefix_len() == prefix.max_prefix_len() {
+        true => prefix.addr().to_string(),
+        false => prefix.to_string(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -380,12 +380,8 @@ impl Host {
         }
         match in_use::still_used(pathways, backend, present) {
             Ok(still_used) => {
-                notes.extend(still_used.iter().map(|(mark, ways)| {
-                    format!(
-                        "mark {mark}: no file wants {ways} any more, and the rules for it stay while connections \
-                         use them"
-                    )
-                }));
+                let kept = still_used.iter();
+                notes.extend(kept.map(|(mark, ways)| in_use::why_kept(*mark, ways)));
                 still_used
             }
             Err(error) => {

@@ -16,7 +16,7 @@ use super::firewall::table::Table;
 use super::firewall::{Backend, Found};
 use super::piece::{Job, Rule};
 use super::plan::{Facts, Present};
-use crate::model::{ConnmarkMode, Interception, Mark, Pathway, Protocol};
+use crate::model::{ConnmarkMode, Interception, Mark, Pathway, Protocol, prefix_text};
 use crate::socket::connected::{self, Connected};
 
 /// Ways of a pathway beside those from loopback.
@@ -56,13 +56,17 @@ impl Ways {
 
 impl fmt::Display for Ways {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let targets = self.targets.iter().map(|target| match target.prefix_len() {
-            length if length == target.max_prefix_len() => target.addr().to_string(),
-            _ => target.to_string(),
-        });
+        let targets = self.targets.iter().map(prefix_text);
         let all = targets.chain(self.interceptions.iter().map(ToString::to_string));
         f.write_str(&all.collect::<Vec<_>>().join(", "))
     }
+}
+
+/// Why ways of a pathway that no file wants are in place.
+pub fn why_kept(mark: Mark, ways: impl fmt::Display) -> String {
+    format!(
+        "mark {mark}: no file wants {ways} any more, and the rules for it stay while connections use them"
+    )
 }
 
 /// Ways by the pathway's mark.
@@ -154,6 +158,9 @@ pub(super) fn used(mut unknown: ByMark) -> io::Result<ByMark> {
 /// When the kernel does not list the sockets.
 pub(super) fn connections(pathways: &[Pathway]) -> io::Result<BTreeMap<Mark, usize>> {
     let mut counts = BTreeMap::new();
+    if pathways.is_empty() {
+        return Ok(counts);
+    }
     each_while(|one| {
         for pathway in pathways {
             let handed = Ways {
@@ -165,7 +172,7 @@ pub(super) fn connections(pathways: &[Pathway]) -> io::Result<BTreeMap<Mark, usi
                 *counts.entry(pathway.mark).or_default() += 1;
             }
         }
-        !pathways.is_empty()
+        true
     })?;
     Ok(counts)
 }

@@ -16,6 +16,7 @@ mod table;
 
 use std::path::Path;
 
+use mmproxyctl::causes::with_causes;
 use mmproxyctl::demo::clinic::Clinic;
 use mmproxyctl::doctor::{Diagnosis, Evidence, Fault, Severity};
 use serde::Deserialize;
@@ -48,24 +49,15 @@ pub(crate) fn clinic(directory: &Path) -> Clinic {
         "these tests build network namespaces: run them as root (sudo ./tests/run.sh)"
     );
     let program = Path::new(env!("CARGO_BIN_EXE_mmproxyctl"));
-    Clinic::build(directory, program).unwrap_or_else(|error| panic!("{}", chain(&error)))
-}
-
-/// An error with its causes.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
+    Clinic::build(directory, program).unwrap_or_else(|error| panic!("{}", with_causes(&error)))
 }
 
 /// `doctor --json` and its exit code, which must fit the answer.
 pub(crate) fn ask(clinic: &Clinic, under: &str, words: &str) -> Result<Answer, String> {
     let command = format!("{under} mmproxyctl doctor --json {words}");
-    let output = clinic.output(&command).map_err(|error| chain(&error))?;
+    let output = clinic
+        .output(&command)
+        .map_err(|error| with_causes(&error))?;
     let (out, err) = (
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr),

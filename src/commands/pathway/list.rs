@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::commands::output::{print_json, results, table, trimmed};
 use crate::model::{Mark, Pathway};
+use crate::pathway::in_use::why_kept;
 use crate::pathway::watch::repairs::{Counts, Repairs};
 use crate::pathway::{Listed, State};
 
@@ -98,10 +99,7 @@ pub(super) fn show(listed: &[Listed], kept: &[Repairs], json: bool) -> anyhow::R
     writeln!(out, "{}", trimmed(&table))?;
     for one in listed.iter().map(|one| one.listed) {
         if let (Some(mark), Some(ways)) = (one.mark, &one.still_used) {
-            writeln!(
-                out,
-                "mark {mark}: no file wants {ways} any more, and the rules for it stay while connections use them"
-            )?;
+            writeln!(out, "{}", why_kept(mark, ways))?;
         }
     }
     Ok(())

@@ -9,14 +9,14 @@ use sd_notify::NotifyState;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch::Sender;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Interval, MissedTickBehavior, interval, sleep_until};
 use tracing::{error, info, warn};
 
 use super::{LOCK_LIMIT, configured};
 use crate::cli::{Global, PathwayWatchArgs};
-use crate::commands::drawn;
 use crate::commands::files::Watch;
 use crate::commands::leaving::{Leaving, longest_header};
+use crate::commands::{drawn, option};
 use crate::config::{self, PathwayFiles};
 use crate::model::Pathway;
 use crate::pathway::watch::Keeper;
@@ -162,7 +162,7 @@ impl Process<'_> {
                     Event::Reload("a target has another address")
                 }
                 () = watchdog.tick() => Event::Watchdog,
-                () = due(self.leaving.next_look()) => Event::Leaving,
+                _ = option(self.leaving.next_look().map(sleep_until)) => Event::Leaving,
             };
             match event {
                 Event::Due => self.keeper.tend().await,
@@ -261,14 +261,6 @@ impl Process<'_> {
     }
 }
 
-/// Waits for a moment, or for ever. Cancel-safe.
-async fn due(at: Option<Instant>) {
-    match at {
-        Some(at) => sleep_until(at).await,
-        None => std::future::pending().await,
-    }
-}
-
 /// The files with the addresses that the names of targets have now, and had before.
 async fn resolved(resolver: &Resolver, files: PathwayFiles) -> PathwayFiles {
     let named = files.instances.iter();
@@ -297,10 +289,7 @@ impl Watchdog {
 
     /// Cancel-safe.
     async fn tick(&mut self) {
-        match &mut self.0 {
-            Some(tick) => _ = tick.tick().await,
-            None => std::future::pending().await,
-        }
+        option(self.0.as_mut().map(Interval::tick)).await;
     }
 }
 

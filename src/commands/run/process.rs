@@ -24,6 +24,7 @@ use super::signals::{HANGUP, Signals};
 use super::view::View;
 use crate::cli::RunArgs;
 use crate::commands::files::{self, Watch};
+use crate::commands::option;
 use crate::control::{client, server};
 use crate::doctor::Asker;
 use crate::resolve::Resolver;
@@ -294,14 +295,6 @@ fn follow_names(resolver: &Rc<Resolver>) -> mpsc::Receiver<()> {
         }
     });
     told
-}
-
-/// Waits for a future where there is one, else for ever.
-async fn option<F: Future>(future: Option<F>) -> Option<F::Output> {
-    match future {
-        Some(future) => Some(future.await),
-        None => std::future::pending().await,
-    }
 }
 
 /// Pings systemd when every worker's event loop has come round, and this one has.

@@ -33,6 +33,13 @@ pub struct Facts {
     pub still_used: ByMark,
 }
 
+impl Facts {
+    /// Whether a target is one address, and this host's own.
+    pub(super) fn is_own(&self, target: &IpNet) -> bool {
+        target.prefix_len() == target.max_prefix_len() && self.own.contains(&target.addr())
+    }
+}
+
 /// Every piece that a set of pathways wants, by the mark that wants it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Wanted {
@@ -173,7 +180,7 @@ pub(super) fn wanted_rules(pathway: &Pathway, family: Family, facts: &Facts) -> 
             ..marked
         };
         rules.push(rule);
-        if is_own(source, facts) && !facts.default_route.contains(&family) {
+        if facts.is_own(&source) && !facts.default_route.contains(&family) {
             rules.push(Rule {
                 priority: UNROUTED_PRIORITY,
                 mark: None,
@@ -203,14 +210,10 @@ pub(super) fn wanted_rules(pathway: &Pathway, family: Family, facts: &Facts) -> 
     rules
 }
 
-fn is_own(target: IpNet, facts: &Facts) -> bool {
-    target.prefix_len() == target.max_prefix_len() && facts.own.contains(&target.addr())
-}
-
 /// Whether there may be routers between this host and a target.
 fn beyond_this_host(pathway: &Pathway, family: Family, facts: &Facts) -> bool {
     let mut targets = pathway.targets.iter();
-    targets.any(|target| Family::of(target.addr()) == family && !is_own(*target, facts))
+    targets.any(|target| Family::of(target.addr()) == family && !facts.is_own(target))
 }
 
 /// What takes in the ICMP of routers on the way to a target, above all "too big" of a narrower link: it is for

@@ -25,10 +25,7 @@ pub(super) fn refusal(pathway: &Pathway, facts: &Facts) -> Option<Conflict> {
             instances: names.join(", "),
         });
     }
-    let own = |target: &ipnet::IpNet| {
-        target.prefix_len() == target.max_prefix_len() && facts.own.contains(&target.addr())
-    };
-    let far = pathway.targets.iter().find(|target| !own(target));
+    let far = pathway.targets.iter().find(|target| !facts.is_own(target));
     if needs && let Some(target) = far {
         return Some(Conflict::Far {
             mark,

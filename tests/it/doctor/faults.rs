@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use mmproxyctl::causes::with_causes;
 use mmproxyctl::demo::clinic::ills::{self, Ill, Remedy};
 
 use super::table::{self, Row};
-use super::{Answer, ask, chain, clinic};
+use super::{Answer, ask, clinic};
 
 /// They mostly wait for answers that do not come.
 const AT_ONCE: usize = 8;
@@ -59,7 +60,7 @@ fn case(ill: &Ill) -> Result<Row, String> {
         format!("== {} ({}): {what}:\n{said}\n{seen}", ill.what, ill.fault)
     };
     let broke = |error: mmproxyctl::demo::clinic::Error| {
-        format!("== {} ({}): {}", ill.what, ill.fault, chain(&error))
+        format!("== {} ({}): {}", ill.what, ill.fault, with_causes(&error))
     };
     let mut clinic = clinic(scratch.path());
     clinic.fall_ill(ill).map_err(broke)?;

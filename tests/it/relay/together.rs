@@ -9,7 +9,15 @@ use socket2::SockRef;
 
 use super::lab::{Lab, Relay, Service, exchange, reset, settings};
 
-const BOTH: [IoUring; 2] = [IoUring::Auto, IoUring::Off];
+/// With io_uring and without it: a relay before an echo.
+fn both_ways(test: impl Fn(&Lab, &Relay, IoUring)) {
+    for io_uring in [IoUring::Auto, IoUring::Off] {
+        let lab = Lab::new();
+        let service = Service::echo(&lab.wks, "127.0.0.1:0");
+        let relay = Relay::start_with(&lab.wks, settings(&[service.addr]), io_uring);
+        test(&lab, &relay, io_uring);
+    }
+}
 
 /// Around the size of a piece of the ring (16 KiB), of the thread's buffer, and of what is bulk.
 const SIZES: [usize; 9] = [1, 64, 1000, 16_383, 16_384, 16_385, 32_768, 65_537, 200_000];
@@ -41,11 +49,8 @@ fn at_once(lab: &Lab, relay: &Relay, connections: usize, work: impl Fn(usize, Tc
 #[test]
 fn nobody_gets_anothers_bytes() {
     const CONNECTIONS: usize = 24;
-    for io_uring in BOTH {
-        let lab = Lab::new();
-        let service = Service::echo(&lab.wks, "127.0.0.1:0");
-        let relay = Relay::start_with(&lab.wks, settings(&[service.addr]), io_uring);
-        at_once(&lab, &relay, CONNECTIONS, |connection, mut stream| {
+    both_ways(|lab, relay, io_uring| {
+        at_once(lab, relay, CONNECTIONS, |connection, mut stream| {
             for number in 0..90 {
                 let length = SIZES[(number * number + connection) % SIZES.len()];
                 exchange(&mut stream, &bytes(connection, number, length));
@@ -58,7 +63,7 @@ fn nobody_gets_anothers_bytes() {
             "{io_uring:?}"
         );
         assert_eq!(totals.resets, 0, "{io_uring:?}");
-    }
+    });
 }
 
 /// The service echoes, so nothing moves any more once all buffers between are full.
@@ -66,13 +71,10 @@ fn nobody_gets_anothers_bytes() {
 fn a_client_that_does_not_read_gets_everything_later() {
     const CONNECTIONS: usize = 6;
     const PIECES: usize = 24_000;
-    for io_uring in BOTH {
-        let lab = Lab::new();
-        let service = Service::echo(&lab.wks, "127.0.0.1:0");
-        let relay = Relay::start_with(&lab.wks, settings(&[service.addr]), io_uring);
+    both_ways(|lab, relay, _| {
         std::thread::scope(|scope| {
             for connection in 0..CONNECTIONS {
-                let mut stream = lab.connect(&relay, &format!("192.0.2.{}:4000", connection + 1));
+                let mut stream = lab.connect(relay, &format!("192.0.2.{}:4000", connection + 1));
                 scope.spawn(move || {
                     let mut sender = stream.try_clone().unwrap();
                     let sending = std::thread::spawn(move || {
@@ -92,19 +94,16 @@ fn a_client_that_does_not_read_gets_everything_later() {
             }
         });
         relay.wait("all over", |totals| totals.active == 0);
-    }
+    });
 }
 
 /// Half of the connections are reset while pieces of theirs are under way.
 #[test]
 fn resets_among_others_bytes() {
     const CONNECTIONS: usize = 40;
-    for io_uring in BOTH {
-        let lab = Lab::new();
-        let service = Service::echo(&lab.wks, "127.0.0.1:0");
-        let relay = Relay::start_with(&lab.wks, settings(&[service.addr]), io_uring);
+    both_ways(|lab, relay, _| {
         for round in 0..5 {
-            at_once(&lab, &relay, CONNECTIONS, |connection, mut stream| {
+            at_once(lab, relay, CONNECTIONS, |connection, mut stream| {
                 if connection % 2 == 0 {
                     stream.write_all(&bytes(connection, round, 3000)).unwrap();
                     reset(stream);
@@ -116,19 +115,16 @@ fn resets_among_others_bytes() {
             });
             relay.wait("all over", |totals| totals.active == 0);
         }
-    }
+    });
 }
 
 /// A read ends at an urgent mark however much is behind it, and a splice does not get past it.
 #[test]
 fn what_is_behind_an_urgent_byte_comes_without_more_behind_it() {
     const CONNECTIONS: usize = 8;
-    for io_uring in BOTH {
-        let lab = Lab::new();
-        let service = Service::echo(&lab.wks, "127.0.0.1:0");
-        let relay = Relay::start_with(&lab.wks, settings(&[service.addr]), io_uring);
+    both_ways(|lab, relay, io_uring| {
         for length in [3, 20_000, 1_000_000] {
-            at_once(&lab, &relay, CONNECTIONS, |connection, mut stream| {
+            at_once(lab, relay, CONNECTIONS, |connection, mut stream| {
                 let (before, behind) = (bytes(connection, 1, length), bytes(connection, 2, 3));
                 let mut echo = vec![0; before.len() + 1 + behind.len()];
                 std::thread::scope(|scope| {
@@ -145,5 +141,5 @@ fn what_is_behind_an_urgent_byte_comes_without_more_behind_it() {
                 assert!(echo == [before, b"!".to_vec(), behind].concat());
             });
         }
-    }
+    });
 }

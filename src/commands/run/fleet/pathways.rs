@@ -1,6 +1,5 @@
 //! The pathways of a process that manages them (`--manage-pathways`): installed, changed by a reload, removed.
 
-use std::future::pending;
 use std::rc::Rc;
 
 use tokio::time::sleep_until;
@@ -8,6 +7,7 @@ use tracing::{info, warn};
 
 use super::{Fleet, LOCK_LIMIT, specs, used};
 use crate::commands::leaving::longest_header;
+use crate::commands::option;
 use crate::commands::run::plan::Specs;
 use crate::commands::run::relay::lock_name;
 use crate::model::{Instance, Mark, Pathway};
@@ -64,14 +64,8 @@ impl Fleet {
     pub(in crate::commands::run) async fn leaving_due(&self) {
         loop {
             let at = self.leaving.borrow().next_look();
-            let look = async {
-                match at {
-                    Some(at) => sleep_until(at).await,
-                    None => pending().await,
-                }
-            };
             tokio::select! {
-                () = look => return,
+                _ = option(at.map(sleep_until)) => return,
                 () = self.left.notified() => {}
             }
         }

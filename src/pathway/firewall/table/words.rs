@@ -5,7 +5,7 @@ use std::fmt;
 use ipnet::IpNet;
 
 use super::Does;
-use crate::model::{Interception, TRANSPARENT_MARK};
+use crate::model::{Interception, TRANSPARENT_MARK, prefix_text};
 
 /// The packets of an interception, as nft selects them.
 struct Packets(Interception);
@@ -15,12 +15,8 @@ impl fmt::Display for Packets {
         let Self(Interception { protocol, listen }) = self;
         let family = nft_family(listen.network());
         // a network of one address is listed as the address
-        match listen.network() {
-            one if one.prefix_len() == one.max_prefix_len() => {
-                write!(f, "{family} daddr {}", one.addr())?;
-            }
-            network => write!(f, "{family} daddr {network}")?,
-        }
+        let network = prefix_text(&listen.network());
+        write!(f, "{family} daddr {network}")?;
         write!(f, " {protocol} dport {} iifname != \"lo\"", listen.ports())
     }
 }
