@@ -30,6 +30,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::warn;
 
 use self::counters::{Counters, Totals};
+use self::loan::Loans;
 use self::registry::Registry;
 use self::worker::{Common, Worker};
 use super::ports::{Port, Ports};
@@ -44,6 +45,7 @@ use crate::socket::udp::{Bound, receive_from_proxies, udp_bound};
 pub mod counters;
 pub mod datagram;
 mod flow;
+mod loan;
 mod registry;
 pub(super) mod scratch;
 mod table;
@@ -181,6 +183,7 @@ impl Server {
                 limiter: Limiter::default(),
                 last_error: Mutex::default(),
                 registry,
+                loans: Loans::new(chosen.len()),
                 ports: Ports::from_ports(&ports),
                 started: Instant::now(),
             }),

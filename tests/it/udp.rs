@@ -7,6 +7,7 @@ mod every;
 mod first;
 pub(crate) mod lab;
 pub(crate) mod laws;
+mod lending;
 mod limits;
 mod mtu;
 mod owes;

@@ -39,12 +39,13 @@ pub(super) fn write(writer: &mut Writer<'_, '_>) -> fmt::Result {
     })?;
     writer.datagrams_by(
         "flows_special",
-        "Flows that ended idle without an answer, and that came from another worker",
+        "Flows that ended idle without an answer, that came from another worker, and how often one's answers were lent to another",
         "kind",
         |totals| {
             [
                 ("unanswered", totals.flows_unanswered),
                 ("adopted", totals.flows_adopted),
+                ("lent", totals.flows_lent),
             ]
         },
     )

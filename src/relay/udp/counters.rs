@@ -79,6 +79,8 @@ pub struct Counters {
     pub flows_opened: Counter,
     /// Of these, those that came from another worker: the kernel now gives their datagrams to this one.
     pub flows_adopted: Counter,
+    /// How often another worker was given a flow's answers to read, because the flow kept its own busy.
+    pub flows_lent: Counter,
     /// Flows that ended idle without an answer from the service.
     pub flows_unanswered: Counter,
     /// Datagrams handed to the service, and their payload bytes.
@@ -124,6 +126,7 @@ impl Counters {
             flows: self.flows.get(),
             flows_opened: self.flows_opened.get(),
             flows_adopted: self.flows_adopted.get(),
+            flows_lent: self.flows_lent.get(),
             flows_unanswered: self.flows_unanswered.get(),
             datagrams_to_target: self.datagrams_to_target.get(),
             bytes_to_target: self.bytes_to_target.get(),
@@ -150,6 +153,7 @@ pub struct Totals {
     pub flows: u64,
     pub flows_opened: u64,
     pub flows_adopted: u64,
+    pub flows_lent: u64,
     pub flows_unanswered: u64,
     pub datagrams_to_target: u64,
     pub bytes_to_target: u64,
@@ -170,6 +174,7 @@ impl AddAssign for Totals {
         self.flows = self.flows.wrapping_add(other.flows);
         self.flows_opened += other.flows_opened;
         self.flows_adopted += other.flows_adopted;
+        self.flows_lent += other.flows_lent;
         self.flows_unanswered += other.flows_unanswered;
         self.datagrams_to_target += other.datagrams_to_target;
         self.bytes_to_target += other.bytes_to_target;

@@ -3,7 +3,7 @@
 //! Owns: the identity of flows per kind of sender. Must not know: tables, epoll.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::datagram::Client;
@@ -171,6 +171,10 @@ pub(super) struct Flow {
     to_target: AtomicU64,
     /// Bytes of the service's answers.
     to_client: AtomicU64,
+    /// Something was sent to the service since it last answered.
+    asked: AtomicBool,
+    /// The service has answered at least once.
+    answered: AtomicBool,
     /// The spoofed, connected socket, once there was something to send.
     socket: Mutex<Option<Arc<UdpSocket>>>,
 }
@@ -191,6 +195,8 @@ impl Flow {
             to_client: AtomicU64::new(0),
             owner: AtomicU32::new(owner),
             used: AtomicU64::new(used),
+            asked: AtomicBool::new(false),
+            answered: AtomicBool::new(false),
             socket: Mutex::new(socket),
         })
     }
@@ -217,7 +223,28 @@ impl Flow {
         self.to_target.store(sum, Ordering::Relaxed);
     }
 
-    /// Adds bytes that the service answered; for the owner only.
+    /// Whether something was sent to the service since it last answered.
+    pub(super) fn awaits_answer(&self) -> bool {
+        self.asked.load(Ordering::Relaxed)
+    }
+
+    /// Whether the service has answered at least once.
+    pub(super) fn was_answered(&self) -> bool {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Notes that something is sent to the service.
+    pub(super) fn asks(&self) {
+        self.asked.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes that the service has answered.
+    pub(super) fn hears(&self) {
+        self.asked.store(false, Ordering::Relaxed);
+        self.answered.store(true, Ordering::Relaxed);
+    }
+
+    /// Adds bytes that the service answered; for whoever reads its answers only.
     pub(super) fn answered(&self, bytes: u64) {
         let sum = self.to_client.load(Ordering::Relaxed) + bytes;
         self.to_client.store(sum, Ordering::Relaxed);

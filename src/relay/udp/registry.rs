@@ -48,6 +48,8 @@ pub(super) enum Note {
     MakeRoom(Option<IpAddr>),
     /// This flow is no longer yours.
     Forget(Arc<Flow>),
+    /// Nothing listens at its target: ICMP has told whoever read from its socket.
+    ServiceDown(Arc<Flow>),
 }
 
 /// The notes for a worker, and what wakes it.
@@ -228,6 +230,11 @@ impl Registry {
             self.end(&mut inner, flow, worker);
         }
         own
+    }
+
+    /// Tells a flow's worker what ICMP said to whoever read its answers.
+    pub(super) fn service_down(&self, owner: u32, flow: &Arc<Flow>) {
+        self.note(owner, Note::ServiceDown(Arc::clone(flow)));
     }
 
     /// Notes that a flow's socket has another port than its client.

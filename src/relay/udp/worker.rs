@@ -24,12 +24,14 @@ use tokio::sync::{mpsc, watch};
 use tracing::{Span, info_span};
 
 use self::epoll::WaitableEpoll;
+use self::lending::Lending;
 use self::refusals::peers;
 use self::replies::Replies;
 use self::view::Recent;
 use super::counters::{Counters, Ended};
 use super::datagram::Client;
 use super::flow::{Flow, Key, Path};
+use super::loan::Loans;
 use super::registry::{Note, Registry};
 use super::scratch::Scratch;
 use super::table::{GRAIN, Id, Table};
@@ -44,6 +46,7 @@ use crate::socket::udp::is_transparent;
 
 mod epoll;
 mod inbound;
+mod lending;
 mod lifecycle;
 mod outbound;
 mod refusals;
@@ -77,6 +80,7 @@ const ONE_FLOW: usize = 2;
 /// What an event is about; a flow's is its [`Id`], below all of these.
 const LISTENERS: u64 = 1 << 32;
 const MAILBOX: u64 = 1 << 33;
+const LOANS: u64 = 1 << 34;
 
 /// What the workers of one relay have in common.
 #[derive(Debug)]
@@ -88,6 +92,7 @@ pub(super) struct Common {
     pub(super) limiter: Limiter,
     pub(super) last_error: Mutex<Option<LastError>>,
     pub(super) registry: Registry,
+    pub(super) loans: Loans,
     pub(super) ports: Ports,
     pub(super) started: Instant,
 }
@@ -104,10 +109,6 @@ struct Held {
     last: u32,
     /// What the kernel last said about lost answers.
     overflow: u32,
-    /// Something was sent to the service since it last answered.
-    asked: bool,
-    /// The service has answered at least once.
-    answered: bool,
 }
 
 /// Proxies whose trust was looked up last: usually there is one.
@@ -144,12 +145,13 @@ pub(super) struct Worker {
     to_target: SegmentLimit,
     to_client: SegmentLimit,
     /// Flows whose answers were not all read in their turn.
-    unfinished: Vec<Id>,
+    unfinished: Vec<u64>,
     /// Datagrams, or runs of them, that were read in this round.
     moved: usize,
     /// How often in it a flow got or gave some, either way.
     served: usize,
     recent: Recent,
+    lending: Lending,
     /// The first descriptor that flows leave alone, as it was last looked up.
     spare_from: RawFd,
 }
@@ -208,7 +210,7 @@ impl Worker {
             }
             _ => None,
         };
-        Ok(Self {
+        let worker = Self {
             shared,
             number,
             counters: Arc::clone(&common.counters[number as usize]),
@@ -229,9 +231,12 @@ impl Worker {
             moved: 0,
             served: 0,
             recent: Recent::default(),
+            lending: Lending::default(),
             spare_from: 0,
             common,
-        })
+        };
+        worker.common.loans.set_offer(number, worker.offer());
+        Ok(worker)
     }
 
     /// Relays until the relay has drained.
@@ -269,6 +274,10 @@ impl Worker {
                 // what was queued has just been read; from here on it is for whoever listens next
                 for listener in &self.listeners {
                     self.epoll.delete(&listener.socket)?;
+                }
+                // the other worker may have nothing to drain
+                if let Some(lent) = self.lent() {
+                    self.take_back(lent);
                 }
                 self.end_unasked();
                 continue;
@@ -313,14 +322,16 @@ impl Worker {
                 .replace(std::mem::take(&mut self.scratch));
             outcome?;
         }
+        self.lend();
         self.expire();
         Ok(busy)
     }
 
-    fn handle(&mut self, events: &[EpollEvent], again: Vec<Id>) -> io::Result<()> {
-        for event in events {
-            match event.data() {
+    fn handle(&mut self, events: &[EpollEvent], again: Vec<u64>) -> io::Result<()> {
+        for event in events.iter().map(EpollEvent::data).chain(again) {
+            match event {
                 MAILBOX => self.read_notes(),
+                number if number >= LOANS => self.read_lent((number - LOANS) as u32),
                 number if number >= LISTENERS => {
                     self.read_listener((number - LISTENERS) as usize)?;
                 }
@@ -330,9 +341,6 @@ impl Worker {
                     }
                 }
             }
-        }
-        for id in again {
-            self.read_answers(id);
         }
         self.send_answers();
         if let Some(replies) = &mut self.replies {
@@ -371,6 +379,12 @@ impl Worker {
                 Note::Forget(flow) if flow.owner() != self.number => self.forget_flow(&flow),
                 // it has come back
                 Note::Forget(_) => {}
+                Note::ServiceDown(flow) if flow.owner() == self.number => {
+                    if let Some(id) = self.holding(&flow) {
+                        self.service_down(id);
+                    }
+                }
+                Note::ServiceDown(_) => {}
             }
         }
     }
@@ -384,7 +398,7 @@ impl Worker {
         {
             if let Some(held) = self.flows.get(id)
                 && held.socket.is_some()
-                && !held.answered
+                && !held.flow.was_answered()
             {
                 self.counters.flows_unanswered.add(1);
                 let route = held.flow.route;
@@ -400,7 +414,11 @@ impl Worker {
         let idle: Vec<Id> = self
             .flows
             .ids()
-            .filter(|id| self.flows.get(*id).is_none_or(|held| !held.asked))
+            .filter(|id| {
+                self.flows
+                    .get(*id)
+                    .is_none_or(|held| !held.flow.awaits_answer())
+            })
             .collect();
         for id in idle {
             self.finish(id, Ended::Drained);

@@ -174,6 +174,11 @@ impl Service {
         seen.peer
     }
 
+    /// Forgets what the service has seen and was not asked for.
+    pub(crate) fn forget(&self) {
+        while self.seen.try_recv().is_ok() {}
+    }
+
     /// Fails if the service has seen anything that was not asked for yet.
     pub(crate) fn assert_nothing_more(&self) {
         match self.seen.recv_timeout(Duration::ZERO) {

@@ -40,7 +40,8 @@ fn flows_are_dealt_out_and_all_are_right() {
     }
 }
 
-fn listener(host: &Host, at: &str) -> UdpSocket {
+/// A listener beside others at the same address.
+pub(super) fn listener(host: &Host, at: &str) -> UdpSocket {
     host.enter(|| {
         let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("a socket");
         socket.set_reuse_port(true).expect("SO_REUSEPORT");

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollTimeout};
@@ -11,7 +12,7 @@ use tokio::io::unix::AsyncFd;
 /// Many descriptors, of which the runtime knows one.
 pub(super) struct WaitableEpoll(AsyncFd<Descriptor>);
 
-struct Descriptor(Epoll);
+struct Descriptor(Arc<Epoll>);
 
 impl AsRawFd for Descriptor {
     fn as_raw_fd(&self) -> RawFd {
@@ -29,9 +30,15 @@ impl WaitableEpoll {
             unsafe_code,
             reason = "tokio cannot know that the number stays the same"
         )]
-        let registered =
-            unsafe { AsyncFd::register_with_interest(Descriptor(epoll), Interest::READABLE) };
+        let registered = unsafe {
+            AsyncFd::register_with_interest(Descriptor(Arc::new(epoll)), Interest::READABLE)
+        };
         Ok(Self(registered.map_err(io::Error::from)?))
+    }
+
+    /// For other threads.
+    pub(super) fn shared(&self) -> Arc<Epoll> {
+        Arc::clone(&self.0.get_ref().0)
     }
 
     pub(super) fn add(&self, descriptor: impl AsFd, event: EpollEvent) -> io::Result<()> {

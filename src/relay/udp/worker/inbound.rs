@@ -235,6 +235,7 @@ impl Worker {
     /// Sends what is queued, flow by flow.
     pub(super) fn send_queued(&mut self) {
         self.served += self.scratch.touched.len();
+        self.note_company();
         for at in 0..self.scratch.touched.len() {
             self.send_queue_of(self.scratch.touched[at]);
         }
@@ -256,7 +257,7 @@ impl Worker {
         };
         let first = std::mem::replace(&mut held.first, NONE);
         let Some(socket) = &held.socket else { return };
-        held.asked = true;
+        held.flow.asks();
         let only = self.scratch.queue[first as usize];
         let sent = if only.next == NONE && only.tos == 0 {
             send_one(socket, self.scratch.inbound.bytes(only.part))

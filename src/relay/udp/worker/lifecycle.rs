@@ -108,7 +108,6 @@ impl Worker {
     pub(super) fn hold(&mut self, flow: Arc<Flow>, port_taken: bool) -> Id {
         let (key, proxy) = (flow.route.key, flow.route.path.proxy().ip());
         let socket = flow.socket();
-        let answered = flow.bytes().1 > 0;
         flow.set_used(self.now);
         let id = self.flows.insert(
             key,
@@ -121,12 +120,11 @@ impl Worker {
                 first: NONE,
                 last: NONE,
                 overflow: 0,
-                asked: false,
-                answered,
             },
         );
         self.counters.flows.add(1);
         if let Some(socket) = socket {
+            self.common.loans.end_of(&socket);
             self.watch(id, socket);
         }
         id
@@ -247,6 +245,7 @@ impl Worker {
     }
 
     pub(super) fn close_socket(&mut self, id: Id) {
+        drop(self.end_loan(id));
         let Some(held) = self.flows.get_mut(id) else {
             return;
         };
@@ -278,6 +277,7 @@ impl Worker {
     /// Takes a flow out of this worker's table, whoever has it now.
     pub(super) fn forget(&mut self, id: Id) {
         self.unqueue(id, Dropped::FlowEnded);
+        drop(self.end_loan(id));
         if let Some(held) = self.flows.remove(id) {
             self.counters.flows.sub_one();
             if let Some(socket) = held.socket {
@@ -287,13 +287,15 @@ impl Worker {
     }
 
     pub(super) fn forget_flow(&mut self, flow: &Arc<Flow>) {
-        let id = self.flows.find(&flow.route.key);
-        if let Some(id) = id
-            && let Some(held) = self.flows.get(id)
-            && Arc::ptr_eq(&held.flow, flow)
-        {
+        if let Some(id) = self.holding(flow) {
             self.forget(id);
         }
+    }
+
+    /// Where this very flow is in the table.
+    pub(super) fn holding(&self, flow: &Arc<Flow>) -> Option<Id> {
+        let id = self.flows.find(&flow.route.key)?;
+        Arc::ptr_eq(&self.flows.get(id)?.flow, flow).then_some(id)
     }
 
     pub(super) fn unwatch(&self, socket: Arc<UdpSocket>) {

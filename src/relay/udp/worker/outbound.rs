@@ -2,15 +2,17 @@
 //! has gathered is sent with one call.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 use tracing::debug;
 
-use super::{Answering, BATCH_OF_ONE, Held, TURNS, Worker};
+use super::{Answering, BATCH_OF_ONE, LOANS, TURNS, Worker};
 use crate::relay::batch::{Part, SegmentLimit};
 use crate::relay::spp;
 use crate::relay::udp::counters::{Counters, Dropped};
+use crate::relay::udp::flow::{Flow, Path};
 use crate::relay::udp::scratch::Scratch;
 use crate::relay::udp::table::Id;
 
@@ -18,72 +20,98 @@ impl Worker {
     /// Gathers what a flow's socket has.
     pub(super) fn read_answers(&mut self, id: Id) {
         for _ in 0..TURNS {
-            if self.scratch.gathered == self.scratch.outbound.slots() {
-                self.send_answers();
-            }
-            let Some(held) = self.flows.get_mut(id) else {
+            let Some(held) = self.flows.get(id) else {
                 return;
             };
             if held.flow.owner() != self.number {
                 self.forget(id);
                 return;
             }
-            // one call sends from one socket
-            let path = &held.flow.route.path;
-            let answering = match (self.by_port.get(&path.port), path.local, &self.replies) {
-                (None, Some(local), Some(_)) => {
-                    Answering::From(SocketAddr::new(local.addr, path.port))
-                }
-                (at, ..) => Answering::Listener(at.copied().unwrap_or(0)),
-            };
-            if answering != self.answering {
-                self.send_answers();
-                self.answering = answering;
-            }
+            let path = held.flow.route.path;
+            self.answer_along(&path);
             let Some(held) = self.flows.get_mut(id) else {
                 return;
             };
             let Some(socket) = &held.socket else { return };
-            let room = (self.scratch.outbound.slots() - self.scratch.gathered).min(BATCH_OF_ONE);
-            let received =
-                match self
-                    .scratch
-                    .outbound
-                    .receive(socket.as_fd(), self.scratch.gathered, room)
-                {
-                    Ok(received) => received,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                        self.service_down(id);
-                        return;
+            match gather(
+                &held.flow,
+                socket,
+                &mut held.overflow,
+                &mut self.scratch,
+                self.to_client,
+                &self.counters,
+            ) {
+                Gathered::All(read) => {
+                    self.gathered(read);
+                    if read > 0 {
+                        self.touch(id);
                     }
-                    // what else ICMP says (too big, filtered) is about one datagram; the kernel has told us
-                    // and forgotten it, and what waits behind it is read in the next turn
-                    Err(error) => {
-                        debug!(client.addr = %held.flow.route.client, %error, "the network said");
-                        continue;
-                    }
-                };
-            self.moved += received;
-            self.served += 1;
-            held.asked = false;
-            held.answered = true;
-            for slot in self.scratch.gathered..self.scratch.gathered + received {
-                gather(
-                    slot,
-                    held,
-                    &mut self.scratch,
-                    self.to_client,
-                    &self.counters,
-                );
-            }
-            self.scratch.gathered += received;
-            self.touch(id);
-            if received < room {
-                return;
+                    return;
+                }
+                Gathered::Part(read) => {
+                    self.gathered(read);
+                    self.touch(id);
+                }
+                Gathered::Nothing => {}
+                Gathered::ServiceDown => return self.service_down(id),
             }
         }
-        self.unfinished.push(id);
+        self.unfinished.push(id.to_u64());
+    }
+
+    /// Gathers what the socket of a flow has that another worker lent to this one.
+    pub(super) fn read_lent(&mut self, owner: u32) {
+        let common = Arc::clone(&self.common);
+        for _ in 0..TURNS {
+            let mut slot = common.loans.of(owner);
+            let Some(loan) = slot.as_mut().filter(|loan| loan.flow.owner() == owner) else {
+                return;
+            };
+            self.answer_along(&loan.flow.route.path);
+            match gather(
+                &loan.flow,
+                &loan.socket,
+                &mut loan.overflow,
+                &mut self.scratch,
+                self.to_client,
+                &self.counters,
+            ) {
+                Gathered::All(read) => {
+                    self.gathered(read);
+                    if read > 0 {
+                        loan.flow.set_used(self.now);
+                    }
+                    return;
+                }
+                Gathered::Part(read) => {
+                    self.gathered(read);
+                    loan.flow.set_used(self.now);
+                }
+                Gathered::Nothing => {}
+                Gathered::ServiceDown => {
+                    common.registry.service_down(owner, &loan.flow);
+                    return;
+                }
+            }
+        }
+        self.unfinished.push(LOANS + u64::from(owner));
+    }
+
+    fn gathered(&mut self, read: usize) {
+        self.moved += read;
+        self.served += usize::from(read > 0);
+    }
+
+    /// Has room for answers to what came this way: one call sends from one socket.
+    fn answer_along(&mut self, path: &Path) {
+        let answering = match (self.by_port.get(&path.port), path.local, &self.replies) {
+            (None, Some(local), Some(_)) => Answering::From(SocketAddr::new(local.addr, path.port)),
+            (at, ..) => Answering::Listener(at.copied().unwrap_or(0)),
+        };
+        if answering != self.answering || self.scratch.gathered == self.scratch.outbound.slots() {
+            self.send_answers();
+            self.answering = answering;
+        }
     }
 
     /// Sends what was gathered.
@@ -117,10 +145,58 @@ impl Worker {
     }
 }
 
-/// Puts an answer, or several of one size, into the outbox.
+/// What there was to be read.
+enum Gathered {
+    /// So many, and nothing is left.
+    All(usize),
+    /// So many.
+    Part(usize),
+    /// News of one datagram only.
+    Nothing,
+    /// ICMP says that nothing listens there.
+    ServiceDown,
+}
+
+/// Reads a flow's answers into what is still free, and puts them into the outbox.
 fn gather(
+    flow: &Flow,
+    socket: &UdpSocket,
+    overflow: &mut u32,
+    scratch: &mut Scratch,
+    limit: SegmentLimit,
+    counters: &Counters,
+) -> Gathered {
+    let from = scratch.gathered;
+    let room = (scratch.outbound.slots() - from).min(BATCH_OF_ONE);
+    let received = match scratch.outbound.receive(socket.as_fd(), from, room) {
+        Ok(received) => received,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Gathered::All(0),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            return Gathered::ServiceDown;
+        }
+        // what else ICMP says (too big, filtered) is about one datagram; the kernel has told us
+        // and forgotten it, and what waits behind it is read in the next turn
+        Err(error) => {
+            debug!(client.addr = %flow.route.client, %error, "the network said");
+            return Gathered::Nothing;
+        }
+    };
+    flow.hears();
+    for slot in from..from + received {
+        put(slot, flow, overflow, scratch, limit, counters);
+    }
+    scratch.gathered += received;
+    match received < room {
+        true => Gathered::All(received),
+        false => Gathered::Part(received),
+    }
+}
+
+/// Puts an answer, or several of one size, into the outbox.
+fn put(
     slot: usize,
-    held: &mut Held,
+    flow: &Flow,
+    overflow: &mut u32,
     scratch: &mut Scratch,
     limit: SegmentLimit,
     counters: &Counters,
@@ -129,15 +205,15 @@ fn gather(
     let received = arena.received(slot);
     let (control, length, truncated) = (received.control, received.bytes.len(), received.truncated);
     if let Some(lost) = control.overflow {
-        let more = lost.wrapping_sub(std::mem::replace(&mut held.overflow, lost));
+        let more = lost.wrapping_sub(std::mem::replace(overflow, lost));
         counters.overflow_from_target.add(more.into());
     }
     if truncated {
         counters.lose(Dropped::Truncated, 1);
         return;
     }
-    held.flow.answered(length as u64);
-    let route = &held.flow.route;
+    flow.answered(length as u64);
+    let route = &flow.route;
     let envelope = route.path.answer(control.tos);
     if let Some(header) = &route.spp {
         arena.prefix(slot, header.bytes());
