@@ -46,6 +46,16 @@ enum Company {
     Several,
 }
 
+impl Company {
+    fn and(self, id: Id) -> Self {
+        match self {
+            Self::Nobody => Self::Only(id),
+            Self::Only(only) if only == id => self,
+            Self::Only(_) | Self::Several => Self::Several,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, Default)]
 enum Stage {
     #[default]
@@ -59,13 +69,8 @@ enum Stage {
 impl Worker {
     /// Notes which flows have brought something.
     pub(super) fn note_company(&mut self) {
-        for id in &self.scratch.touched {
-            self.lending.company = match self.lending.company {
-                Company::Nobody => Company::Only(*id),
-                Company::Only(only) if only == *id => return,
-                _ => Company::Several,
-            };
-        }
+        let touched = self.scratch.touched.iter();
+        self.lending.company = touched.fold(self.lending.company, |all, id| all.and(*id));
     }
 
     /// Once a round: lends, or takes back.
@@ -219,6 +224,17 @@ fn cpu_time(clock: ClockId) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_is_alone() {
+        let [one, two] = [1, 2].map(|number| Id::from_u64(number).unwrap());
+        let all = |ids: &[Id]| ids.iter().fold(Company::Nobody, |all, id| all.and(*id));
+        assert_eq!(all(&[]), Company::Nobody);
+        assert_eq!(all(&[one, one]), Company::Only(one));
+        for several in [[one, two, two], [one, one, two], [one, two, one]] {
+            assert_eq!(all(&several), Company::Several);
+        }
+    }
 
     #[test]
     fn another_threads_cpu_time() {
