@@ -56,9 +56,20 @@ impl Ports {
 
     /// One more came to this port.
     pub(super) fn count(&self, port: u16) {
+        self.add_to(port, 1);
+    }
+
+    /// As much came to these ports as others have counted, where they are the same.
+    pub(super) fn add(&self, others: &Self) {
+        for Port { port, accepted } in others.read() {
+            self.add_to(port, accepted);
+        }
+    }
+
+    fn add_to(&self, port: u16, more: u64) {
         let at = usize::from(port.wrapping_sub(self.first));
         if let Some(count) = self.counts.get(at) {
-            count.fetch_add(1, Ordering::Relaxed);
+            count.fetch_add(more, Ordering::Relaxed);
         }
     }
 

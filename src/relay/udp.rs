@@ -17,12 +17,13 @@
 //! - ICMP "port unreachable" from the service ends the flow and is counted; other ICMP is logged. None of it
 //!   reaches the client: there is no way to say it to a proxy.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::net::UdpSocket;
+use std::net::{SocketAddr, UdpSocket};
 use std::num::NonZeroU32;
 use std::ops::Deref;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -32,7 +33,7 @@ use tracing::warn;
 use self::counters::{Counters, Totals};
 use self::loan::Loans;
 use self::registry::Registry;
-use self::worker::{Common, Worker};
+use self::worker::{Change, Common, Order, Worker};
 use super::ports::{Port, Ports};
 use super::report::{LastError, Limiter};
 use super::settings;
@@ -134,13 +135,24 @@ enum Phase {
     Draining,
 }
 
+/// A listening socket, and the number of the worker that reads it.
+type Owned<T> = (T, usize);
+
+/// What a relay listens on.
+#[derive(Debug)]
+struct Listeners {
+    present: Vec<Owned<Arc<UdpSocket>>>,
+    /// No more, but perhaps still answered from.
+    leaving: Vec<Owned<Weak<UdpSocket>>>,
+}
+
 /// A running relay. Dropping it is a drain.
 #[derive(Debug)]
 pub struct Server {
     phase: watch::Sender<Phase>,
     common: Arc<Common>,
-    listeners: Mutex<Vec<Arc<UdpSocket>>>,
-    queries: Vec<mpsc::UnboundedSender<Query>>,
+    listeners: Mutex<Listeners>,
+    orders: Vec<mpsc::UnboundedSender<Order>>,
     ended: tokio::sync::Mutex<mpsc::UnboundedReceiver<Result<(), Error>>>,
 }
 
@@ -156,23 +168,13 @@ impl Server {
         listeners: Vec<UdpSocket>,
         settings: Settings,
     ) -> Result<Self, Error> {
-        for listener in &listeners {
-            receive_from_proxies(listener).map_err(|failure| Error::Unfit {
-                instance: settings.name.to_string(),
-                failure,
-            })?;
-        }
+        fit(&listeners, &settings)?;
         warn_of_wildcard_services(&settings);
         let chosen: Vec<usize> = workers.pick(listeners.len()).collect();
         // one descriptor for the worker and for whoever is handed the socket next
-        let listeners: Vec<Arc<UdpSocket>> = listeners.into_iter().map(Arc::new).collect();
-        let mut shares: Vec<Vec<Arc<UdpSocket>>> = chosen.iter().map(|_| Vec::new()).collect();
-        for (number, listener) in listeners.iter().enumerate() {
-            shares[number % chosen.len()].push(Arc::clone(listener));
-        }
-        let ports = listeners.iter().map(|one| Ok(one.local_addr()?.port()));
-        let mut ports: Vec<u16> = ports.collect::<io::Result<_>>().map_err(Error::Start)?;
-        ports.extend(settings.intercepted.map(|ports| ports.last()));
+        let listeners = dealt(listeners, chosen.len());
+        let shares = shares(&listeners, chosen.len());
+        let ports = ports(&listeners, &settings).map_err(Error::Start)?;
         let registry = Registry::new(chosen.len()).map_err(|errno| Error::Start(errno.into()))?;
         let (report, ended) = mpsc::unbounded_channel();
         let mut server = Self {
@@ -184,18 +186,21 @@ impl Server {
                 last_error: Mutex::default(),
                 registry,
                 loans: Loans::new(chosen.len()),
-                ports: Ports::from_ports(&ports),
+                ports: ArcSwap::from_pointee(ports),
                 started: Instant::now(),
             }),
-            listeners: Mutex::new(listeners),
-            queries: Vec::with_capacity(chosen.len()),
+            listeners: Mutex::new(Listeners {
+                present: listeners,
+                leaving: Vec::new(),
+            }),
+            orders: Vec::with_capacity(chosen.len()),
             ended: tokio::sync::Mutex::new(ended),
         };
         for (number, (worker, share)) in (0u32..).zip(chosen.into_iter().zip(shares)) {
             let common = Arc::clone(&server.common);
             let phase = server.phase.subscribe();
-            let (ask, queries) = mpsc::unbounded_channel();
-            server.queries.push(ask);
+            let (tell, orders) = mpsc::unbounded_channel();
+            server.orders.push(tell);
             let outcome = Outcome {
                 report: report.clone(),
                 result: Some(Err(Error::Panicked)),
@@ -206,7 +211,7 @@ impl Server {
                     let result = match worker {
                         Ok(worker) => {
                             worker
-                                .run(phase, queries)
+                                .run(phase, orders)
                                 .await
                                 .map_err(|source| Error::Listener {
                                     instance: common.settings.load().name.to_string(),
@@ -236,9 +241,9 @@ impl Server {
     /// Asks every worker about its flows. Each answers once, in its turn; the reply's receiver ends after the
     /// last.
     pub fn ask(&self, query: &Query) {
-        for worker in &self.queries {
+        for worker in &self.orders {
             // a worker that is gone has no flows
-            let _ = worker.send(query.clone());
+            let _ = worker.send(Order::Answer(query.clone()));
         }
     }
 
@@ -254,7 +259,7 @@ impl Server {
 
     /// How many flows began at each port of a range, of those at which any did.
     pub fn ports(&self) -> Vec<Port> {
-        self.common.ports.read()
+        self.common.ports.load().read()
     }
 
     /// The listening sockets, once more, for whoever listens next; none once it drains.
@@ -262,11 +267,63 @@ impl Server {
     /// # Errors
     /// When descriptors run out.
     pub fn listeners(&self) -> io::Result<Vec<UdpSocket>> {
-        let listeners = self
-            .listeners
+        let listeners = self.lock();
+        let present = listeners.present.iter();
+        present.map(|(socket, _)| socket.try_clone()).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Listeners> {
+        self.listeners
             .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        listeners.iter().map(|one| one.try_clone()).collect()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Listens at other ports of its address: at those of before that are to stay, and at new ones, whose sockets
+    /// it is given, bound, once it has said which it has; their options are set here. Flows stay; those of a port
+    /// that goes have as long as a drain for their answers.
+    ///
+    /// # Errors
+    /// When there are no sockets, or one lacks what the relay needs of it; nothing has changed then.
+    pub fn listen_on<E: From<Error>>(
+        &self,
+        stays: impl Fn(SocketAddr) -> bool,
+        more: impl FnOnce(&BTreeSet<SocketAddr>) -> Result<Vec<UdpSocket>, E>,
+    ) -> Result<(), E> {
+        let settings = self.common.settings.load();
+        let mut listeners = self.lock();
+        let addr = |(socket, _): &Owned<Arc<UdpSocket>>| socket.local_addr().ok();
+        let stay = |one: &Owned<Arc<UdpSocket>>| addr(one).is_some_and(&stays);
+        let (mut all, gone): (Vec<_>, Vec<_>) = listeners.present.iter().cloned().partition(stay);
+        // one that a moment ago was to go is still bound
+        let leaving = listeners.leaving.iter();
+        let leaving = leaving.filter_map(|(socket, worker)| Some((socket.upgrade()?, *worker)));
+        let (back, leaving): (Vec<_>, Vec<_>) = leaving.partition(stay);
+        let has = all.iter().chain(&back).filter_map(addr).collect();
+        let more = more(&has)?;
+        fit(&more, &settings)?;
+        let more: Vec<_> = back
+            .into_iter()
+            .chain(dealt(more, self.orders.len()))
+            .collect();
+        let shares = shares(&more, self.orders.len());
+        all.extend(more);
+        let ports = ports(&all, &settings).map_err(Error::Start)?;
+        ports.add(&self.common.ports.load());
+        self.common.ports.store(Arc::new(ports));
+        let leaving = leaving.iter().chain(&gone);
+        *listeners = Listeners {
+            present: all,
+            leaving: leaving
+                .map(|(socket, worker)| (Arc::downgrade(socket), *worker))
+                .collect(),
+        };
+        let gone: Arc<[_]> = gone.into_iter().map(|(socket, _)| socket).collect();
+        for (worker, more) in self.orders.iter().zip(shares) {
+            let gone = Arc::clone(&gone);
+            // a worker that is gone has failed, and the relay with it
+            let _ = worker.send(Order::Listen(Change { gone, more }));
+        }
+        Ok(())
     }
 
     /// Treats what comes from here on as told; flows keep their target and mark until they end.
@@ -279,10 +336,7 @@ impl Server {
     /// Takes no new datagrams from proxies from here on, and ends once no flow awaits an answer, after a second
     /// at the latest: a datagram service has no connections that could end by themselves.
     pub fn drain(&self) {
-        self.listeners
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
+        self.lock().present.clear();
         self.phase.send_replace(Phase::Draining);
     }
 
@@ -298,6 +352,42 @@ impl Server {
         }
         Ok(())
     }
+}
+
+/// Sets what the relay needs of listeners.
+fn fit(listeners: &[UdpSocket], settings: &Settings) -> Result<(), Error> {
+    for listener in listeners {
+        receive_from_proxies(listener).map_err(|failure| Error::Unfit {
+            instance: settings.name.to_string(),
+            failure,
+        })?;
+    }
+    Ok(())
+}
+
+/// Listeners dealt out to so many workers, one by one.
+fn dealt(listeners: Vec<UdpSocket>, workers: usize) -> Vec<Owned<Arc<UdpSocket>>> {
+    let listeners = listeners.into_iter().map(Arc::new);
+    listeners.zip((0..workers).cycle()).collect()
+}
+
+/// What each of so many workers has of them.
+fn shares(listeners: &[Owned<Arc<UdpSocket>>], workers: usize) -> Vec<Vec<Arc<UdpSocket>>> {
+    let mut shares = vec![Vec::new(); workers];
+    for (listener, worker) in listeners {
+        shares[*worker].push(Arc::clone(listener));
+    }
+    shares
+}
+
+/// Counts for the ports of these listeners.
+fn ports(listeners: &[Owned<Arc<UdpSocket>>], settings: &Settings) -> io::Result<Ports> {
+    let ports = listeners
+        .iter()
+        .map(|(one, _)| Ok(one.local_addr()?.port()));
+    let mut ports: Vec<u16> = ports.collect::<io::Result<_>>()?;
+    ports.extend(settings.intercepted.map(|ports| ports.last()));
+    Ok(Ports::from_ports(&ports))
 }
 
 /// Reports how a worker's part ended, also when it panics.

@@ -14,6 +14,7 @@ mod owes;
 mod packets;
 #[cfg(feature = "soak")]
 mod quic;
+mod reload;
 mod run;
 mod spp;
 mod view;

@@ -1,6 +1,7 @@
 //! The relays of a process as a whole: which there are, what a reload changes, how they are said to be.
 
 mod pathways;
+mod sockets;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,10 +18,9 @@ use super::plan::{Difference, Spec, Specs};
 use super::relay::{Relay, World};
 use crate::commands::leaving::Leaving;
 use crate::config::{Configuration, Diagnostics, Origin};
-use crate::model::{Endpoint, Mark, Pathway, Protocol};
+use crate::model::{Mark, Pathway};
 use crate::pathway;
 use crate::resolve::Resolver;
-use crate::socket::unix::remove_socket_file;
 use crate::supervisor::{State, Status, Supervisor, Task};
 use crate::systemd;
 
@@ -272,11 +272,15 @@ impl Fleet {
             start,
             stop,
             set,
+            relisten,
             replace,
-            ..
+            unchanged: _,
         } = difference;
         for name in stop.iter().chain(replace) {
             self.offer_sockets_of(name, changes);
+        }
+        for name in relisten {
+            self.offer_ports_of(name);
         }
         for name in stop.iter().chain(replace) {
             systemd::forget(name);
@@ -284,6 +288,11 @@ impl Fleet {
         }
         for name in set {
             self.set(name, changes).await;
+            self.note_kept_sockets(name, changes);
+        }
+        for name in relisten {
+            self.set(name, changes).await;
+            self.relisten(name, changes);
         }
         for name in start.iter().chain(replace) {
             self.keep(name);
@@ -291,56 +300,13 @@ impl Fleet {
         self.tried().await;
         let left = std::mem::take(&mut *self.world.offered.borrow_mut());
         for (_, endpoint) in left.into_keys() {
-            remove_file(&endpoint);
+            sockets::remove_file(&endpoint);
         }
         changes.started = start.clone();
         changes.stopped = stop.clone();
-        changes.changed = set.iter().chain(replace).cloned().collect();
+        let changed = set.iter().chain(relisten).chain(replace);
+        changes.changed = changed.cloned().collect();
         changes.failing = self.failing();
-    }
-
-    /// An address that goes from one relay to another keeps its sockets. Others are not kept for a moment:
-    /// what came to them after the relay has closed its own would be lost.
-    fn offer_sockets_of(&self, name: &str, changes: &mut Changes) {
-        let Some(relay) = self.supervisor.borrow().task(name) else {
-            return;
-        };
-        let specs = self.specs.borrow();
-        let next_at = |protocol: Protocol, endpoint: &Endpoint| {
-            let next = specs.values().map(|spec| &spec.instance);
-            let mut next =
-                next.filter(|next| next.options.protocol == protocol && next.listen.has(endpoint));
-            next.next()
-        };
-        let listeners = match relay.server.listeners() {
-            Ok(listeners) => listeners,
-            Err(error) => {
-                warn!(%error, instance = name, "cannot keep its listening sockets");
-                return;
-            }
-        };
-        let mut kept = BTreeMap::<(Protocol, Endpoint), usize>::new();
-        for listener in listeners {
-            let Ok((protocol, endpoint)) = listener.place() else {
-                continue;
-            };
-            match next_at(protocol, &endpoint) {
-                Some(_) => {
-                    self.world.offer(listener);
-                    *kept.entry((protocol, endpoint)).or_default() += 1;
-                }
-                None => remove_file(&endpoint),
-            }
-        }
-        for ((protocol, endpoint), count) in kept {
-            let next = next_at(protocol, &endpoint);
-            if let Some(next) = next.filter(|next| count > self.world.listeners_of(next).get()) {
-                changes.notes.push(format!(
-                    "{}: keeps {count} listeners on {endpoint} until it is stopped and started: to close one could refuse a connection",
-                    next.name
-                ));
-            }
-        }
     }
 
     /// Has a relay treat new connections by its new line, on the sockets it has.
@@ -354,7 +320,6 @@ impl Fleet {
             return;
         };
         relay.server.set(&instance, allow);
-        changes.notes.extend(relay.keeps_its_sockets(&instance));
         if !self.world.no_check
             && let Err(error) = self.world.in_place(instance.mark).await
         {
@@ -363,23 +328,6 @@ impl Fleet {
         // what a restart after a failure begins with
         if let Some(start) = self.starting(name) {
             self.supervisor.borrow().restart_with(name, start);
-        }
-    }
-
-    /// Removes the files of Unix sockets at the process's end; not those that systemd keeps for the next one.
-    pub(super) fn remove_socket_files(&self) {
-        if systemd::stores() {
-            return;
-        }
-        let supervisor = self.supervisor.borrow();
-        for (name, _) in self.statuses() {
-            if let Some(relay) = supervisor.task(&name) {
-                relay
-                    .instance
-                    .listen
-                    .endpoints()
-                    .for_each(|one| remove_file(&one));
-            }
         }
     }
 
@@ -433,12 +381,6 @@ impl Fleet {
     /// Whether every relay listened at some time.
     pub(super) fn is_ready(&self) -> bool {
         self.ready.get()
-    }
-}
-
-fn remove_file(endpoint: &Endpoint) {
-    if let Endpoint::Unix(path) = endpoint {
-        remove_socket_file(path);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::model::{AllowList, Instance, InstanceOptions, Protocol};
+use crate::model::{AllowList, Instance, InstanceOptions, Listen, Protocol};
 
 /// All that a relay is made from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub(super) struct Difference {
     pub(super) stop: Vec<String>,
     /// On the same sockets, treated otherwise from now on.
     pub(super) set: Vec<String>,
+    /// At other ports of the same address, over UDP: the relay and its flows stay.
+    pub(super) relisten: Vec<String>,
     /// On another address, or on more or fewer sockets: a new relay, while the old one drains.
     pub(super) replace: Vec<String>,
     /// As before.
@@ -42,6 +44,7 @@ impl Difference {
                 None => &mut difference.start,
                 Some(before) if before == spec => &mut difference.unchanged,
                 Some(before) if same_sockets(before, spec) => &mut difference.set,
+                Some(before) if other_ports(before, spec) => &mut difference.relisten,
                 Some(_) => &mut difference.replace,
             };
             list.push(name.clone());
@@ -66,6 +69,23 @@ fn same_sockets(before: &Spec, after: &Spec) -> bool {
         && file(before) == file(after)
         && old.protocol == new.protocol
         && listeners(old) == listeners(new)
+}
+
+/// Whether all that changes of the sockets are a UDP relay's ports.
+fn other_ports(before: &Spec, after: &Spec) -> bool {
+    let address = |Spec { instance, .. }: &Spec| {
+        let listen = match (instance.options.protocol, &instance.listen) {
+            (Protocol::Udp, Listen::Address(_) | Listen::Range(_)) => instance.listen.ports(),
+            _ => None,
+        };
+        listen.map(|ports| {
+            // with the scope of a link-local one
+            let mut address = ports.first();
+            address.set_port(0);
+            address
+        })
+    };
+    address(before).is_some() && address(before) == address(after)
 }
 
 #[cfg(test)]
@@ -103,6 +123,8 @@ mod tests {
             spec("believes-others", 5),
             spec("wider", 6),
             udp(spec("flows-stay", 7)),
+            udp(spec("flows-stay-elsewhere", 8)),
+            udp(spec("becomes-tcp", 9)),
         ]);
         let mut wanted = Specs::from([spec("kept", 2), spec("moved", 30), spec("new", 1)]);
         let (name, mut retargeted) = spec("retargeted", 4);
@@ -117,6 +139,10 @@ mod tests {
         let (name, mut wider) = udp(spec("flows-stay", 7));
         wider.instance.options.listeners = Some(4.try_into().unwrap());
         wanted.insert(name, wider);
+        wanted.extend([
+            udp(spec("flows-stay-elsewhere", 80)),
+            spec("becomes-tcp", 9),
+        ]);
         let names = |names: &[&str]| {
             names
                 .iter()
@@ -129,7 +155,8 @@ mod tests {
                 start: names(&["new"]),
                 stop: names(&["gone"]),
                 set: names(&["believes-others", "flows-stay", "retargeted"]),
-                replace: names(&["moved", "wider"]),
+                relisten: names(&["flows-stay-elsewhere"]),
+                replace: names(&["becomes-tcp", "moved", "wider"]),
                 unchanged: names(&["kept"]),
             }
         );

@@ -115,12 +115,16 @@ impl World {
         }
     }
 
-    /// The sockets of an instance: for each of its places those that were offered, else new ones.
-    fn sockets_of(&self, instance: &Instance) -> anyhow::Result<Vec<Listening>> {
+    /// The sockets of an instance: for each of its places but those it has those that were offered, else new ones.
+    fn sockets_of(
+        &self,
+        instance: &Instance,
+        has: impl Fn(&Endpoint) -> bool,
+    ) -> anyhow::Result<Vec<Listening>> {
         let count = self.listeners_of(instance);
         let mut sockets = Vec::new();
         let mut missing = false;
-        for endpoint in instance.listen.endpoints() {
+        for endpoint in instance.listen.endpoints().filter(|one| !has(one)) {
             let place = (instance.options.protocol, endpoint);
             let offered = self.offered.borrow_mut().remove(&place);
             let (_, endpoint) = place;
@@ -232,7 +236,7 @@ impl Relay {
         if !world.no_check {
             world.in_place(instance.mark).await?;
         }
-        let sockets = world.sockets_of(&instance)?;
+        let sockets = world.sockets_of(&instance, |_| false)?;
         let listeners = sockets.len();
         systemd::store(name, &sockets);
         let server = Server::start(&world.workers, sockets, &instance, allow)?;
@@ -247,6 +251,32 @@ impl Relay {
             server: Rc::new(server),
             lock: RefCell::new(Some(lock)),
         })
+    }
+
+    /// Has it listen at the other ports that its new line says, over UDP; flows stay.
+    pub(super) fn listen_on(&self, world: &World, instance: &Instance) -> anyhow::Result<()> {
+        let Server::Udp(server) = &*self.server else {
+            bail!("connections have a relay for each set of listeners");
+        };
+        let stays = |addr| instance.listen.has(&Endpoint::Inet(addr));
+        server.listen_on(stays, |present| {
+            let has =
+                |one: &Endpoint| matches!(one, Endpoint::Inet(addr) if present.contains(addr));
+            let more = world.sockets_of(instance, has)?.into_iter();
+            let more = more.filter_map(|one| match one {
+                Listening::Udp(socket) => Some(socket),
+                Listening::Stream(_) => None,
+            });
+            anyhow::Ok(more.collect())
+        })?;
+        let sockets = self.server.listeners()?;
+        systemd::forget(instance.name.as_str());
+        systemd::store(instance.name.as_str(), &sockets);
+        info!(
+            instance = %instance.name, listen = %instance.listen, listeners = sockets.len(),
+            "listening at other ports: flows stay"
+        );
+        Ok(())
     }
 
     /// What a line means for it that wants another number of listeners than it has, where that is kept.

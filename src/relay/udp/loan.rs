@@ -33,9 +33,19 @@ pub(super) struct Offer {
     /// What it waits for.
     pub(super) epoll: Arc<Epoll>,
     /// The ports it can answer from.
-    pub(super) ports: Box<[u16]>,
+    pub(super) ports: Mutex<Box<[u16]>>,
     /// Its thread's CPU time.
     pub(super) clock: ClockId,
+}
+
+impl Offer {
+    pub(super) fn has_port(&self, port: u16) -> bool {
+        self.ports().contains(&port)
+    }
+
+    fn ports(&self) -> MutexGuard<'_, Box<[u16]>> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What the workers of a relay have lent, and offer.
@@ -77,6 +87,13 @@ impl Loans {
     /// What a worker offers.
     pub(super) fn offer(&self, worker: u32) -> Option<&Offer> {
         self.0[worker as usize].offer.get()
+    }
+
+    /// A worker can answer from these ports now.
+    pub(super) fn set_ports(&self, worker: u32, ports: Box<[u16]>) {
+        if let Some(offer) = self.offer(worker) {
+            *offer.ports() = ports;
+        }
     }
 
     /// What a worker has lent.

@@ -10,7 +10,6 @@
 //! `inbound` goes from the proxies to the service, `outbound` back; `lifecycle` has how flows begin and end,
 //! `refusals` what is said about datagrams that go no further.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::RawFd;
@@ -21,10 +20,11 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use tokio::sync::{mpsc, watch};
-use tracing::{Span, info_span};
+use tracing::{Span, info_span, warn};
 
 use self::epoll::WaitableEpoll;
 use self::lending::Lending;
+use self::listeners::Listeners;
 use self::refusals::peers;
 use self::replies::Replies;
 use self::view::Recent;
@@ -48,11 +48,14 @@ mod epoll;
 mod inbound;
 mod lending;
 mod lifecycle;
+mod listeners;
 mod outbound;
 mod refusals;
 mod replies;
 mod room;
 mod view;
+
+pub(super) use listeners::Change;
 
 /// How many datagrams one flow's answers may take of a batch before the next flow's turn.
 const BATCH_OF_ONE: usize = 32;
@@ -82,6 +85,15 @@ const LISTENERS: u64 = 1 << 32;
 const MAILBOX: u64 = 1 << 33;
 const LOANS: u64 = 1 << 34;
 
+/// What a worker is told by others than workers.
+#[derive(Debug)]
+pub(super) enum Order {
+    /// Answer once.
+    Answer(Query),
+    /// Listen elsewhere.
+    Listen(Change),
+}
+
 /// What the workers of one relay have in common.
 #[derive(Debug)]
 pub(super) struct Common {
@@ -93,7 +105,7 @@ pub(super) struct Common {
     pub(super) last_error: Mutex<Option<LastError>>,
     pub(super) registry: Registry,
     pub(super) loans: Loans,
-    pub(super) ports: Ports,
+    pub(super) ports: ArcSwap<Ports>,
     pub(super) started: Instant,
 }
 
@@ -129,9 +141,7 @@ pub(super) struct Worker {
     /// Names the instance in every line.
     span: Span,
     epoll: WaitableEpoll,
-    listeners: Vec<Listener>,
-    /// Which of them answers for a port.
-    by_port: HashMap<u16, usize>,
+    listeners: Listeners,
     /// What sends the answers that have gathered.
     answering: Answering,
     /// Where one listener gets what was sent to many ports: sockets to answer from the others.
@@ -165,13 +175,6 @@ enum Answering {
     From(SocketAddr),
 }
 
-struct Listener {
-    socket: Arc<UdpSocket>,
-    port: u16,
-    /// What the kernel last said about lost datagrams.
-    overflow: u32,
-}
-
 impl Worker {
     /// A worker for these listeners, of which there is at least one. Within the thread's event loop.
     ///
@@ -184,32 +187,16 @@ impl Worker {
         listeners: Vec<Arc<UdpSocket>>,
     ) -> io::Result<Self> {
         let epoll = WaitableEpoll::new()?;
-        for (at, socket) in (0u64..).zip(&listeners) {
-            epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, LISTENERS + at))?;
-        }
         let wake = common.registry.wake_of(number);
         epoll.add(wake, EpollEvent::new(EpollFlags::EPOLLIN, MAILBOX))?;
-        let listeners = listeners
-            .into_iter()
-            .map(|socket| {
-                Ok(Listener {
-                    port: socket.local_addr()?.port(),
-                    socket,
-                    overflow: 0,
-                })
-            })
-            .collect::<io::Result<Vec<_>>>()?;
-        // several sockets of one port are as good as the first
-        let by_port = listeners.iter().enumerate().rev();
-        let by_port = by_port.map(|(at, listener)| (listener.port, at)).collect();
-        let settings = common.settings.load_full();
-        let first = listeners.first().map(|first| &first.socket);
-        let replies = match first {
+        let replies = match listeners.first() {
             Some(socket) if is_transparent(socket).map_err(|failure| failure.source)? => {
                 Some(Replies::beside(socket.local_addr()?))
             }
             _ => None,
         };
+        let listeners = Listeners::new(&epoll, listeners)?;
+        let settings = common.settings.load_full();
         let worker = Self {
             shared,
             number,
@@ -218,7 +205,6 @@ impl Worker {
             settings,
             epoll,
             listeners,
-            by_port,
             answering: Answering::Listener(0),
             replies,
             flows: Table::new(),
@@ -246,7 +232,7 @@ impl Worker {
     pub(super) async fn run(
         mut self,
         mut phase: watch::Receiver<Phase>,
-        mut queries: mpsc::UnboundedReceiver<Query>,
+        mut orders: mpsc::UnboundedReceiver<Order>,
     ) -> io::Result<()> {
         let mut draining_since = None;
         let mut pressed = false;
@@ -262,8 +248,8 @@ impl Worker {
                 }
                 if rounds % ROUNDS == 0 {
                     tokio::task::yield_now().await;
-                    while let Ok(query) = queries.try_recv() {
-                        self.answer(&query);
+                    while let Ok(order) = orders.try_recv() {
+                        self.follow(order, draining_since.is_some());
                     }
                 }
             }
@@ -272,9 +258,7 @@ impl Worker {
             if draining && draining_since.is_none() {
                 draining_since = Some(self.now);
                 // what was queued has just been read; from here on it is for whoever listens next
-                for listener in &self.listeners {
-                    self.epoll.delete(&listener.socket)?;
-                }
+                self.listeners.stop(&self.epoll)?;
                 // the other worker may have nothing to drain
                 if let Some(lent) = self.lent() {
                     self.take_back(lent);
@@ -293,7 +277,7 @@ impl Worker {
                 waited = self.epoll.wait() => waited?,
                 () = tokio::time::sleep(patience.unwrap_or_default()), if patience.is_some() => {}
                 _ = phase.changed(), if !draining => {}
-                Some(query) = queries.recv() => self.answer(&query),
+                Some(order) = orders.recv() => self.follow(order, draining),
             }
             pressed = asleep.elapsed() < PRESSED;
         }
@@ -324,6 +308,7 @@ impl Worker {
         }
         self.lend();
         self.expire();
+        self.let_listeners_go();
         Ok(busy)
     }
 
@@ -349,13 +334,56 @@ impl Worker {
         Ok(())
     }
 
-    /// How long to wait for events: until the next flow is due.
-    fn patience(&self, draining: bool) -> Option<Duration> {
-        let due = self.flows.oldest_use().map(|used| {
-            let due = used.saturating_add(self.idle_timeout());
-            // one more, as the clock's milliseconds are cut off
-            Duration::from_millis(due.saturating_sub(self.now).saturating_add(1))
+    fn follow(&mut self, order: Order, draining: bool) {
+        match order {
+            Order::Answer(query) => self.answer(&query),
+            // nothing is read from anywhere any more
+            Order::Listen(_) if draining => {}
+            Order::Listen(change) => self.listen(change),
+        }
+    }
+
+    /// Listens elsewhere. Flows stay, those at ports that go for as long as a drain takes.
+    fn listen(&mut self, Change { gone, more }: Change) {
+        self.now = self.common.started.elapsed().as_millis() as u64;
+        self.listeners.retire(&self.epoll, &gone, self.now);
+        for socket in more {
+            if let Err(error) = self.listeners.add(&self.epoll, socket) {
+                // fs.epoll.max_user_watches is used up
+                warn!(parent: &self.span, %error, "cannot wait for what comes to a listening socket");
+            }
+        }
+        self.common
+            .loans
+            .set_ports(self.number, self.listeners.ports());
+    }
+
+    /// Ends the flows of ports that are no more, once what was asked has had its time to be answered.
+    fn let_listeners_go(&mut self) {
+        if self.listeners.next_end().is_none_or(|end| end > self.now) {
+            return;
+        }
+        let gone = self.listeners.let_go(self.now);
+        self.common
+            .loans
+            .set_ports(self.number, self.listeners.ports());
+        let flows = self.flows.ids().filter(|id| {
+            let held = self.flows.get(*id);
+            held.is_some_and(|held| gone.contains(&held.flow.route.path.port))
         });
+        for id in flows.collect::<Vec<_>>() {
+            self.finish(id, Ended::Drained);
+        }
+    }
+
+    /// How long to wait for events: until the next flow is due, or a listener that goes.
+    fn patience(&self, draining: bool) -> Option<Duration> {
+        let due = self.flows.oldest_use();
+        let due = due.map(|used| used.saturating_add(self.idle_timeout()));
+        let due = due.into_iter().chain(self.listeners.next_end()).min();
+        // one more, as the clock's milliseconds are cut off
+        let due =
+            due.map(|due| Duration::from_millis(due.saturating_sub(self.now).saturating_add(1)));
         match draining {
             true => Some(due.map_or(DRAIN_LOOK, |due| due.min(DRAIN_LOOK))),
             false => due,

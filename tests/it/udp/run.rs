@@ -36,10 +36,9 @@ impl Rig {
     }
 
     /// Writes instances.tsv.
-    fn instance(&self, service: &Service, options: &str) {
-        let port = service.addr.port();
-        let line = format!("echo\t123\t{LISTEN}\t127.0.0.1\t{port}\t-\tprotocol=udp{options}\n");
-        self.wks.write("etc/instances.tsv", line);
+    pub(super) fn instance(&self, service: &Service, options: &str) {
+        self.wks
+            .write("etc/instances.tsv", line("echo", LISTEN, service, options));
     }
 
     pub(super) fn start(&self) -> Running {
@@ -68,6 +67,12 @@ impl Rig {
     pub(super) fn proxy(&self) -> Proxy {
         Proxy::new(&self.vps, addr(LISTEN))
     }
+}
+
+/// A line of instances.tsv.
+pub(super) fn line(name: &str, listen: &str, service: &Service, options: &str) -> String {
+    let port = service.addr.port();
+    format!("{name}\t123\t{listen}\t127.0.0.1\t{port}\t-\tprotocol=udp{options}\n")
 }
 
 #[test]
@@ -108,7 +113,6 @@ fn probe_is_a_proxy_of_each_kind() {
     assert!(said.contains("nothing listens there"), "{said}");
 }
 
-/// A reload reaches what begins from then on, and loses nothing that is there.
 /// A service bound to the wildcard address may answer from elsewhere, past the relay: said at the start.
 #[test]
 fn a_wildcard_service_is_named_in_the_log() {
@@ -117,48 +121,6 @@ fn a_wildcard_service_is_named_in_the_log() {
     rig.instance(&service, "");
     let relay = rig.start();
     relay.wait_log("the service is bound to the wildcard address");
-}
-
-#[test]
-fn a_reload_keeps_the_flows() {
-    let rig = Rig::new(",udp-header=first");
-    let relay = rig.start();
-    let old = rig.proxy();
-    old.exchange("203.0.113.7:4000", b"before");
-    rig.service.peer_of(b"before");
-    let moved = Service::echo(&rig.wks, "127.0.0.1:0");
-    rig.instance(&moved, ",udp-header=first");
-    done(&rig.wks, "reload echo");
-    old.send(&[b"as before"]);
-    assert_eq!(old.answer(), b"as before");
-    assert_eq!(rig.service.peer_of(b"as before"), addr("203.0.113.7:4000"));
-    let new = rig.proxy();
-    new.exchange("203.0.113.8:4000", b"elsewhere");
-    assert_eq!(moved.peer_of(b"elsewhere"), addr("203.0.113.8:4000"));
-    // a proxy that is no longer believed is not, also where it has flows
-    rig.wks.write("etc/allow.txt", "10.0.0.99\n");
-    done(&rig.wks, "reload echo");
-    old.send(&[b"not any more"]);
-    relay.wait_log("not on the allow list");
-    rig.service.assert_nothing_more();
-    old.assert_nothing_more();
-}
-
-/// A relay on other sockets would not know whose the flows are that go on without a header.
-#[test]
-fn a_reload_with_other_listeners_keeps_the_flows() {
-    let rig = Rig::new(",udp-header=first");
-    let _relay = rig.start();
-    let proxy = rig.proxy();
-    proxy.exchange("203.0.113.7:4000", b"before");
-    rig.service.peer_of(b"before");
-    rig.instance(&rig.service, ",udp-header=first,listeners=5");
-    let said = done(&rig.wks, "reload echo");
-    assert!(said.contains("changed: echo"), "{said}");
-    assert!(said.contains("listeners on 10.0.0.1:5300 until"), "{said}");
-    proxy.send(&[b"as before"]);
-    assert_eq!(proxy.answer(), b"as before");
-    assert_eq!(rig.service.peer_of(b"as before"), addr("203.0.113.7:4000"));
 }
 
 /// Where descriptors are short, whoever floods pays, and the process can be asked what is going on.
@@ -278,7 +240,7 @@ fn datagrams_lost_for_want_of_buffer_are_counted() {
     assert!(lost > 0, "{said}");
 }
 
-fn descriptors(relay: &Running) -> usize {
+pub(super) fn descriptors(relay: &Running) -> usize {
     fs::read_dir(format!("/proc/{}/fd", relay.pid()))
         .expect("its descriptors")
         .count()

@@ -4,7 +4,7 @@
 //! is lent to one that rests meanwhile, whatever else it may have had to do: its processor would lie idle. Both
 //! are judged by their CPU time over a moment.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
@@ -134,7 +134,7 @@ impl Worker {
         };
         let Some(socket) = &held.socket else { return };
         // an answer leaves from the port that was asked, and there may not be a listener for each at each worker
-        if !offer.ports.contains(&held.flow.route.path.port) {
+        if !offer.has_port(held.flow.route.path.port) {
             return;
         }
         let loan = Loan {
@@ -204,7 +204,7 @@ impl Worker {
     pub(super) fn offer(&self) -> Offer {
         Offer {
             epoll: self.epoll.shared(),
-            ports: self.by_port.keys().copied().collect(),
+            ports: Mutex::new(self.listeners.ports()),
             clock: thread_clock(),
         }
     }

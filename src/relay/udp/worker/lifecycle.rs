@@ -92,7 +92,7 @@ impl Worker {
             }
         }
         self.counters.flows_opened.add(1);
-        self.common.ports.count(flow.route.path.port);
+        self.common.ports.load().count(flow.route.path.port);
         trace!(
             proxy.addr = %flow.route.path.proxy(), client.addr = %flow.route.client,
             target.addr = %flow.route.target, "flow begins"

@@ -28,7 +28,9 @@ impl Worker {
                 return;
             }
             let path = held.flow.route.path;
-            self.answer_along(&path);
+            if !self.answers_along(&path) {
+                return;
+            }
             let Some(held) = self.flows.get_mut(id) else {
                 return;
             };
@@ -67,7 +69,9 @@ impl Worker {
             let Some(loan) = slot.as_mut().filter(|loan| loan.flow.owner() == owner) else {
                 return;
             };
-            self.answer_along(&loan.flow.route.path);
+            if !self.answers_along(&loan.flow.route.path) {
+                return;
+            }
             match gather(
                 &loan.flow,
                 &loan.socket,
@@ -102,16 +106,20 @@ impl Worker {
         self.served += usize::from(read > 0);
     }
 
-    /// Has room for answers to what came this way: one call sends from one socket.
-    fn answer_along(&mut self, path: &Path) {
-        let answering = match (self.by_port.get(&path.port), path.local, &self.replies) {
+    /// Has room for answers to what came this way, one call sending from one socket; false where nothing answers
+    /// from there any more.
+    fn answers_along(&mut self, path: &Path) -> bool {
+        let answering = match (self.listeners.at(path.port), path.local, &self.replies) {
             (None, Some(local), Some(_)) => Answering::From(SocketAddr::new(local.addr, path.port)),
-            (at, ..) => Answering::Listener(at.copied().unwrap_or(0)),
+            (Some(at), ..) => Answering::Listener(at),
+            // it has gone
+            (None, ..) => return false,
         };
         if answering != self.answering || self.scratch.gathered == self.scratch.outbound.slots() {
             self.send_answers();
             self.answering = answering;
         }
+        true
     }
 
     /// Sends what was gathered.
