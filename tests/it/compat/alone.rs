@@ -58,6 +58,11 @@ fn mistakes_say_which_flag() {
             "means nothing for protocol=tcp",
         ),
         (
+            "run --listen 10.0.0.1:53 --target4 127.0.0.1:53 --trust 10.0.0.2 --protocol udp \
+             --max-flows 10 --max-flows-per-proxy 11",
+            "expected a number from 1 to 10",
+        ),
+        (
             "run --listen 10.0.0.1:2222 --target4 127.0.0.1:22 --mark 0",
             "mark 0",
         ),
