@@ -20,6 +20,7 @@ use super::relay::{World, lock_name};
 use crate::cli::{Global, RunArgs};
 use crate::commands::doctor::patients;
 use crate::commands::output::results;
+use crate::commands::own;
 use crate::commands::{UsageError, drawn};
 use crate::config::{Configuration, Origin};
 use crate::relay::workers::{IoUring, Workers};
@@ -42,7 +43,8 @@ pub(super) fn start(
 ) -> anyhow::Result<Option<Process>> {
     // the file may be replaced while we run, and /proc/self/exe then names one that is gone
     let program = std::env::current_exe().context("cannot find this program's file")?;
-    let configuration = origin.load()?;
+    let mut configuration = origin.load()?;
+    configuration.warn_of_own(own::look);
     if !configuration.warnings.is_empty() && !global.quiet {
         eprintln!("{}\n", drawn(&configuration.warnings));
     }
