@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use tracing::{debug, info, warn};
 
 use super::plan::Spec;
+use super::remedy::Maker;
 use crate::causes::with_causes;
 use crate::config::Configuration;
 use crate::model::{Endpoint, Instance, Listen, Mark, Pathway};
@@ -41,6 +42,8 @@ pub(super) struct World {
     pub(super) runtime_dir: RuntimeDir,
     /// Start although the pathway may not be in place.
     pub(super) no_check: bool,
+    /// Who makes the pathways.
+    pub(super) maker: Maker,
     /// What gives replies their mark.
     pub(super) firewall: Firewall,
     /// Whether a sysctl may be set where that needs one.
@@ -100,7 +103,7 @@ impl World {
         let looked = match look.take() {
             Some(look) if look.at.elapsed() < FRESH && Rc::ptr_eq(&look.of, &configuration) => look,
             _ => Look {
-                missing: missing(&configuration.pathways, self.firewall).await?,
+                missing: missing(&configuration.pathways, self.firewall, self.maker).await?,
                 at: Instant::now(),
                 of: configuration,
             },
@@ -180,6 +183,7 @@ fn can_be_reached(endpoint: &Endpoint) -> bool {
 async fn missing(
     pathways: &[Pathway],
     firewall: Firewall,
+    maker: Maker,
 ) -> anyhow::Result<BTreeMap<Mark, String>> {
     let findings = pathway::check(pathways, firewall)
         .await
@@ -189,9 +193,9 @@ async fn missing(
     for finding in others {
         if warned.insert(finding.mark) {
             warn!(
-                mark = %finding.mark, run = finding.fix(),
+                mark = %finding.mark,
                 "the pathway is without the rules for routers' ICMP: what is too large for a narrower link on \
-                 the way to a service is lost"
+                 the way to a service is lost; {}", maker.puts(&finding)
             );
         }
     }
@@ -202,13 +206,14 @@ async fn missing(
             .or_insert_with(|| format!("its pathway, mark {}, is not in place:", finding.mark))
             .push_str(&format!("\n  {finding}"));
     }
+    let mut told = BTreeSet::new();
     for finding in findings {
         if let Some(text) = missing.get_mut(&finding.mark)
-            && !text.contains("\nrun: ")
+            && told.insert(finding.mark)
         {
             text.push_str(&format!(
-                "\nrun: {} (or start with --no-check)",
-                finding.fix()
+                "\n{} (or start with --no-check)",
+                maker.puts(&finding)
             ));
         }
     }

@@ -17,6 +17,7 @@ use super::handover::Inheritance;
 use super::keeper::Kept;
 use super::process::Process;
 use super::relay::{World, lock_name};
+use super::remedy::Maker;
 use crate::cli::{Global, RunArgs};
 use crate::commands::doctor::patients;
 use crate::commands::output::results;
@@ -118,6 +119,7 @@ pub(super) fn start(
         workers: Workers::start_with(count, io_uring).context("cannot start the worker threads")?,
         runtime_dir,
         no_check: args.no_check,
+        maker: Maker::of(&origin, patience, args.manage_pathways),
         firewall: global.firewall,
         set_sysctls: global.set_sysctls,
         configuration: RefCell::new(Rc::new(configuration)),
