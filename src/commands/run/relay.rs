@@ -13,7 +13,7 @@ use super::plan::Spec;
 use super::remedy::Maker;
 use crate::causes::with_causes;
 use crate::config::Configuration;
-use crate::model::{Endpoint, Instance, Listen, Mark, Pathway};
+use crate::model::{Endpoint, Family, Instance, Listen, Mark, Pathway};
 use crate::pathway::{self, Finding, Firewall};
 use crate::relay::server::{Error, Server};
 use crate::relay::workers::Workers;
@@ -243,8 +243,8 @@ impl Relay {
         let server = Server::start(&world.workers, sockets, &instance, allow)?;
         info!(
             instance = %instance.name, listen = %instance.listen, mark = instance.mark.map(tracing::field::display),
-            target4 = instance.target4.map(tracing::field::display),
-            target6 = instance.target6.map(tracing::field::display),
+            target4 = instance.target_of(Family::V4).map(tracing::field::display),
+            target6 = instance.target_of(Family::V6).map(tracing::field::display),
             workers = world.workers.count(), listeners, "relaying"
         );
         Ok(Self {
