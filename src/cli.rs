@@ -250,6 +250,7 @@ pub struct RunArgs {
 
 /// `reload`.
 #[derive(Debug, Args)]
+#[command(after_help = RELOAD_HELP)]
 pub struct ReloadArgs {
     /// Only these processes: "all" for run --all, else their first instance's name
     #[arg(value_name = "PROCESS")]
@@ -258,6 +259,11 @@ pub struct ReloadArgs {
     #[arg(long)]
     pub json: bool,
 }
+
+const RELOAD_HELP: &str = "\
+Exit code 0 when the files were taken and every instance runs; 1 when an instance does not (it is named
+with the reason, the others run, and it is tried again and again) or a process does not answer; 2 when
+the files have a mistake, and nothing was changed.";
 
 /// `upgrade`.
 #[derive(Debug, Args)]

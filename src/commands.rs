@@ -16,6 +16,7 @@ mod legacy;
 mod link;
 mod manual;
 mod output;
+mod own;
 mod pathway;
 mod probe;
 mod release;

@@ -10,6 +10,7 @@ mod diagnostics;
 mod instance_options;
 mod instances;
 mod json_form;
+mod networks;
 mod options;
 mod origin;
 mod pathways;
@@ -32,6 +33,8 @@ use ipnet::IpNet;
 pub use diagnostics::{Diagnostic, Diagnostics, Severity};
 pub use instance_options::{OPTIONS, from_words, listen_as_told};
 pub use json_form::{JsonForm, read as read_json};
+use networks::Networks;
+pub use networks::Own;
 pub use origin::{Origin, Relays, Standalone, Trusted, has_ipv6};
 use source::Source;
 
@@ -59,6 +62,7 @@ pub struct Configuration {
     pub default_allow_path: PathBuf,
     /// What is no mistake and worth a look.
     pub warnings: Diagnostics,
+    networks: Networks,
     /// By `allow=` as written.
     own_allow: BTreeMap<PathBuf, Arc<AllowList>>,
 }
@@ -89,6 +93,12 @@ impl Configuration {
         resolved
     }
 
+    /// Warns of what transparent listeners take away from the host that is to have them; what that has of its
+    /// own is asked for only where there are such listeners.
+    pub fn warn_of_own(&mut self, own: impl FnOnce() -> Own) {
+        self.networks.warn(own, &mut self.warnings);
+    }
+
     /// The proxies that may connect to an instance of this configuration: those of its `allow=`, else the default list.
     pub fn allow_list(&self, instance: &Instance) -> Arc<AllowList> {
         let own = instance
@@ -111,9 +121,15 @@ pub struct PathwayFiles {
     pub instances: Vec<Instance>,
     /// What is no mistake and worth a look.
     pub warnings: Diagnostics,
+    networks: Networks,
 }
 
 impl PathwayFiles {
+    /// As [`Configuration::warn_of_own`].
+    pub fn warn_of_own(&mut self, own: impl FnOnce() -> Own) {
+        self.networks.warn(own, &mut self.warnings);
+    }
+
     /// As [`Configuration::with_answers`].
     pub fn with_answers(&self, answers: &Answers) -> Self {
         let mut resolved = self.clone();
@@ -224,6 +240,10 @@ fn load_with(
         }
     }
 
+    let networks = instance_source
+        .as_ref()
+        .map(|source| Networks::of_lines(source, &instance_lines))
+        .unwrap_or_default();
     match default_allow {
         Some(default_allow) if found.errors() == 0 => {
             let (pathways, instances) = merged(pathway_lines.unwrap_or_default(), instance_lines);
@@ -235,6 +255,7 @@ fn load_with(
                 default_allow,
                 default_allow_path,
                 warnings: found.sorted(),
+                networks,
             })
         }
         _ => Err(found.sorted()),
@@ -271,12 +292,17 @@ pub fn load_pathways(directory: &Path) -> Result<PathwayFiles, Diagnostics> {
     if found.errors() > 0 {
         return Err(found.sorted());
     }
+    let networks = instance_source
+        .as_ref()
+        .map(|source| Networks::of_lines(source, &instance_lines))
+        .unwrap_or_default();
     let (pathways, instances) = merged(pathway_lines.unwrap_or_default(), instance_lines);
     Ok(PathwayFiles {
         directory: directory.to_owned(),
         pathways,
         instances,
         warnings: found.sorted(),
+        networks,
     })
 }
 

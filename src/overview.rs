@@ -35,6 +35,8 @@ pub struct Subject {
     pub instance: Instance,
     /// Its pathway.
     pub pathway: Option<Pathway>,
+    /// What puts that in place, where it is not.
+    pub mended: Option<String>,
     /// What it is doing.
     pub standing: Standing,
     /// Its relay, where it runs, and those before it that still drain.
@@ -197,7 +199,7 @@ impl Overview {
                 let totals = subject.totals();
                 InstanceReport {
                     name: instance.name.to_string(),
-                    pathway: pathways.of(instance.mark, subject.pathway.as_ref()),
+                    pathway: pathways.of(instance.mark, subject),
                     protocol: instance.options.protocol.to_string(),
                     listen: instance.listen.to_string(),
                     targets: instance.target_texts(),

@@ -82,7 +82,7 @@ pub struct OptionFlags {
     /// UDP: how many flows at a time [default: 65536]
     #[arg(long, value_name = "N", requires = "listen")]
     pub max_flows: Option<String>,
-    /// UDP: how many of them from one proxy [default: three quarters]
+    /// UDP: how many of them from one proxy, at most all [default: three quarters]
     #[arg(long, value_name = "N", requires = "listen")]
     pub max_flows_per_proxy: Option<String>,
     /// unix:/path: the permissions of the socket's file; who may write to it is believed [default: 0660]

@@ -1,4 +1,5 @@
-//! `check`: validates the three files and shows what they say. Changes nothing, asks the kernel nothing.
+//! `check`: validates the three files and shows what they say. Changes nothing, and
+//! asks this host for nothing but what a transparent listener could take from it.
 
 use std::io::Write;
 use std::path::Path;
@@ -13,7 +14,11 @@ use crate::model::{AllowList, ConnmarkMode, Family, Instance, Pathway, prefix_te
 
 /// Runs the verb.
 pub(super) fn run(global: &Global, args: &CheckArgs) -> anyhow::Result<ExitCode> {
-    match config::load(&global.config_dir) {
+    let mut loaded = config::load(&global.config_dir);
+    if let Ok(configuration) = &mut loaded {
+        configuration.warn_of_own(super::own::look);
+    }
+    match loaded {
         Ok(configuration) if args.json => {
             print_json(&Valid::new(&configuration))?;
             Ok(ExitCode::SUCCESS)

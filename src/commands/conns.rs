@@ -12,7 +12,7 @@ use super::units::{bytes, span};
 use crate::cli::{ConnsAction, ConnsCommand, ConnsKillArgs, ConnsListArgs, Global};
 use crate::control::messages::{Conns, Request};
 use crate::overview::{Listing, Sort};
-use crate::relay::view::{Connection, Stage};
+use crate::relay::view::{Connection, HeaderKind, Stage};
 
 /// Runs the verb.
 pub(super) fn run(global: &Global, command: ConnsCommand) -> anyhow::Result<ExitCode> {
@@ -83,8 +83,11 @@ fn rows(connections: &[Connection]) -> String {
             span(one.idle_ms),
             bytes(one.bytes_to_target),
             bytes(one.bytes_to_client),
-            one.header
-                .map_or_else(unknown, |version| version.to_string()),
+            match one.header {
+                Some(HeaderKind::Proxy(version)) => version.to_string(),
+                Some(other) => other.to_string(),
+                None => unknown(),
+            },
             remarks(one),
         ]);
     }

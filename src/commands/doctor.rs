@@ -30,7 +30,8 @@ pub(super) fn run(global: &Global, args: DoctorArgs) -> anyhow::Result<ExitCode>
     if args.demo {
         return demo::run(&args.instances);
     }
-    let configuration = config::load(&global.config_dir)?;
+    let mut configuration = config::load(&global.config_dir)?;
+    configuration.warn_of_own(super::own::look);
     if !configuration.warnings.is_empty() && !global.quiet {
         eprintln!("{}\n", drawn(&configuration.warnings));
     }

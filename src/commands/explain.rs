@@ -84,7 +84,7 @@ fn block(one: &Connection) -> String {
     }
     let header = one
         .header
-        .map(|version| format!(", PROXY v{version}"))
+        .map(|header| format!(", {header}"))
         .unwrap_or_default();
     line("proxy", &format!("{}{header}", one.proxy));
     if let (Some(local), Some(target)) = (one.local, one.target) {

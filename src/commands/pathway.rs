@@ -28,7 +28,8 @@ const LOCK_LIMIT: Duration = Duration::from_secs(30);
 
 /// Runs the verb.
 pub(super) fn run(global: &Global, command: PathwayCommand) -> anyhow::Result<ExitCode> {
-    let files = config::load_pathways(&global.config_dir)?;
+    let mut files = config::load_pathways(&global.config_dir)?;
+    files.warn_of_own(super::own::look);
     if !files.warnings.is_empty() && !global.quiet {
         eprintln!("{}\n", super::drawn(&files.warnings));
     }

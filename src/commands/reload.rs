@@ -87,13 +87,16 @@ pub(super) fn ask(
         );
     }
     found.retain(|(name, _)| how.of.is_empty() || how.of.contains(name));
-    let mut code = ExitCode::SUCCESS;
+    let mut code = 0;
     let mut answers = serde_json::Map::new();
     for (name, mut client) in found {
         match client.ask(&how.request) {
             Ok(answer) => {
                 if how.request == (Request::Release {}) {
                     client.wait_closed()?;
+                }
+                if leaves_one_down(&answer) {
+                    code = code.max(1);
                 }
                 for line in shown(&answer).iter().filter(|_| !how.json) {
                     writeln!(results(), "{name}: {line}")?;
@@ -106,10 +109,9 @@ pub(super) fn ask(
                     Error::Failed(failure) => failure.kind,
                     _ => FailureKind::Failed,
                 };
-                code = ExitCode::from(if kind == FailureKind::Configuration {
-                    2
-                } else {
-                    1
+                code = code.max(match kind {
+                    FailureKind::Configuration => 2,
+                    FailureKind::Failed => 1,
                 });
                 answers.insert(name, json!({ "error": with_causes(&error) }));
             }
@@ -118,7 +120,13 @@ pub(super) fn ask(
     if how.json {
         print_json(&answers)?;
     }
-    Ok(code)
+    Ok(ExitCode::from(code))
+}
+
+/// Whether the files were taken and one of the instances does not run.
+fn leaves_one_down(answer: &Value) -> bool {
+    let failing = answer["failing"].as_object();
+    failing.is_some_and(|failing| !failing.is_empty())
 }
 
 /// The name of a process without what keeps it apart from other files.

@@ -16,6 +16,7 @@ mod pathways;
 mod plan;
 mod process;
 mod relay;
+mod remedy;
 mod signals;
 mod standalone;
 mod start;

@@ -152,11 +152,12 @@ fn note(one: &InstanceReport) -> Option<String> {
     match one.pathway.state {
         PathwayState::InPlace | PathwayState::Unmarked => {}
         PathwayState::Incomplete => {
-            let mark = one.pathway.mark;
-            let _ = writeln!(
-                text,
-                "{name}: its pathway is incomplete: run mmproxyctl pathway add {mark}"
-            );
+            // a process of an older version says nothing of it
+            let fix = match &one.pathway.fix {
+                Some(fix) => fix.clone(),
+                None => format!("run mmproxyctl pathway add {}", one.pathway.mark),
+            };
+            let _ = writeln!(text, "{name}: its pathway is incomplete: {fix}");
             for finding in &one.pathway.findings {
                 let _ = writeln!(text, "  {finding}");
             }

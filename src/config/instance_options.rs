@@ -132,6 +132,9 @@ fn read(source: &Source, given: &Options<'_>, found: &mut Diagnostics) -> Instan
     // with a protocol= that is itself a mistake, which options fit it is anyone's guess
     if protocol.is_some() || given.word("protocol").is_none() {
         check_protocol(source, given, options.protocol, found);
+        if options.protocol == Protocol::Udp {
+            check_flows(source, given, &options, found);
+        }
     }
     if let Some(word) = given.word("header-timeout")
         && header_timeout.is_some_and(|timeout| timeout < RECOMMENDED_HEADER_TIMEOUT)
@@ -248,6 +251,39 @@ fn check_protocol(
             Some(word) => complaint.with(&source.position(word), "the protocol"),
             None => complaint,
         });
+    }
+}
+
+/// One proxy cannot have more flows than there are: such a number restricts nothing.
+fn check_flows(
+    source: &Source,
+    given: &Options<'_>,
+    options: &InstanceOptions,
+    found: &mut Diagnostics,
+) {
+    let (Some(of_one), Some(at)) = (
+        options.max_flows_per_proxy,
+        given.text("max-flows-per-proxy"),
+    ) else {
+        return;
+    };
+    let complaint = |most: NonZeroU32, which: &str, or: &str| {
+        Diagnostic::error(
+            source.position(at),
+            format!("one proxy would have more flows than all together, {which}{most}"),
+            format!("a number from 1 to {most}{or}"),
+        )
+    };
+    match (options.max_flows, given.word("max-flows")) {
+        (Some(all), Some(word)) if of_one > all => found
+            .push(complaint(all, "max-flows=", "").with(&source.position(word), "all together")),
+        (None, None) if of_one > InstanceOptions::DEFAULT_MAX_FLOWS => found.push(complaint(
+            InstanceOptions::DEFAULT_MAX_FLOWS,
+            "by default ",
+            ", or max-flows= as well",
+        )),
+        // a max-flows= that is no number is a mistake of its own
+        _ => {}
     }
 }
 

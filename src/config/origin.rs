@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use super::networks::Networks;
 use super::source::Source;
 use super::{
     ALLOW, ALLOW_LIST_PATH, Configuration, Diagnostic, Diagnostics, PATHWAYS, allow, json_form,
@@ -97,6 +98,7 @@ impl Standalone {
             Some(list) if found.errors() == 0 => Ok(Configuration {
                 directory: self.directory.clone(),
                 pathways: self.pathways(&instances, &mut found),
+                networks: Networks::of_instances(&(&self.place()).into(), &instances),
                 instances,
                 default_allow: Arc::new(list),
                 default_allow_path: path,
@@ -107,12 +109,17 @@ impl Standalone {
         }
     }
 
-    /// A target that is the relay's own listener would be connected to for ever.
-    fn refuse_loops(&self, instances: &[Instance], found: &mut Diagnostics) {
-        let place = match &self.relays {
+    /// Where relays are written.
+    fn place(&self) -> Arc<Path> {
+        match &self.relays {
             Relays::Given(_) => Arc::from(Path::new("command line")),
             Relays::Json(path) => Arc::from(path.as_path()),
-        };
+        }
+    }
+
+    /// A target that is the relay's own listener would be connected to for ever.
+    fn refuse_loops(&self, instances: &[Instance], found: &mut Diagnostics) {
+        let place = self.place();
         for instance in instances {
             // a target may well be among the addresses that are intercepted on their way here
             let (Listen::Address(_) | Listen::Range(_), Some(range)) =
@@ -181,6 +188,7 @@ impl Standalone {
                 pathways: Vec::new(),
                 instances: Vec::new(),
                 warnings: Diagnostics::default(),
+                networks: Networks::default(),
             }
         });
         let mut marks: Vec<Mark> = instances.iter().filter_map(|one| one.mark).collect();

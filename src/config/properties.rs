@@ -127,6 +127,7 @@ fn options() -> impl Strategy<Value = InstanceOptions> {
                 let (max_connections, max_flows, max_flows_per_proxy) = limits;
                 let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
                 let default = InstanceOptions::defaults(protocol);
+                let all_flows = max_flows.unwrap_or(InstanceOptions::DEFAULT_MAX_FLOWS);
                 InstanceOptions {
                     protocol,
                     udp_header: if udp { udp_header } else { default.udp_header },
@@ -143,7 +144,9 @@ fn options() -> impl Strategy<Value = InstanceOptions> {
                     port,
                     max_connections: max_connections.filter(|_| !udp),
                     max_flows: max_flows.filter(|_| udp),
-                    max_flows_per_proxy: max_flows_per_proxy.filter(|_| udp),
+                    max_flows_per_proxy: max_flows_per_proxy
+                        .filter(|_| udp)
+                        .map(|of_one| of_one.min(all_flows)),
                     socket_mode: None,
                     socket_owner: None,
                     resolve: None,

@@ -598,6 +598,35 @@ error: connect-timeout= means nothing for protocol=udp
 "#]]
     );
     assert_data_eq!(
+        with("protocol=udp,max-flows-per-proxy=1001,max-flows=1000"),
+        str![[r#"
+error: one proxy would have more flows than all together, max-flows=1000
+ --> /etc/mmproxy/instances.tsv:1:70
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    protocol=udp,max-flows-per-proxy=1001,max-flows=1000
+  |                                                                                        ^^^^ -------------- all together
+  |                                                                                        |
+  |                                                                                        expected a number from 1 to 1000
+"#]]
+    );
+    assert_data_eq!(
+        with("max-flows-per-proxy=65537,protocol=udp"),
+        str![[r#"
+error: one proxy would have more flows than all together, by default 65536
+ --> /etc/mmproxy/instances.tsv:1:57
+  |
+1 | a    1    192.0.2.9:2222    127.0.0.1    22    ::1    max-flows-per-proxy=65537,protocol=udp
+  |                                                                           ^^^^^ expected a number from 1 to 65536, or max-flows= as well
+"#]]
+    );
+    for right in [
+        "max-flows-per-proxy=65536",
+        "max-flows-per-proxy=1000,max-flows=1000",
+        "max-flows-per-proxy=100000,max-flows=100000",
+    ] {
+        assert_eq!(with(&format!("protocol=udp,{right}")), "", "{right}");
+    }
+    assert_data_eq!(
         with("protocol=sctp,udp-header=spp"),
         str![[r#"
 error: 'sctp' is not a protocol

@@ -5,8 +5,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+use nix::ifaddrs::getifaddrs;
 
 use super::evidence::{CannotSpoof, Conntrack, Networkd};
 use super::filters::{FilterRule, nftables, xtables};
@@ -20,6 +23,17 @@ pub fn cannot_spoof() -> Option<CannotSpoof> {
         operation: failure.operation.to_owned(),
         errno: failure.source.raw_os_error().unwrap_or(0),
     })
+}
+
+/// The addresses of this network namespace's interfaces; none where the kernel does not show them.
+pub fn addresses() -> Vec<IpAddr> {
+    let all = getifaddrs().into_iter().flatten();
+    all.filter_map(|one| {
+        let address = one.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+    })
+    .collect()
 }
 
 /// A switch of the kernel by its dotted name; an interface's name stands in its place with its dots.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
+use super::Subject;
 use crate::model::{Mark, Pathway};
 use crate::pathway::watch::repairs::{self, Counts};
 use crate::pathway::{self, Firewall};
@@ -29,6 +30,9 @@ pub struct PathwayReport {
     /// Each missing piece; or, where the state is unknown, why.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub findings: Vec<String>,
+    /// What puts missing pieces in place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fix: Option<String>,
     /// Pieces that were put back, where a process keeps the pathway.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repairs: Option<Counts>,
@@ -71,13 +75,15 @@ pub(super) struct Seen {
 
 impl Seen {
     /// About one pathway that was looked at.
-    pub(super) fn of(&self, mark: Option<Mark>, pathway: Option<&Pathway>) -> PathwayReport {
+    pub(super) fn of(&self, mark: Option<Mark>, subject: &Subject) -> PathwayReport {
+        let pathway = subject.pathway.as_ref();
         let Some(mark) = mark else {
             return PathwayReport {
                 mark: 0,
                 name: None,
                 state: PathwayState::Unmarked,
                 findings: Vec::new(),
+                fix: None,
                 repairs: None,
             };
         };
@@ -94,6 +100,10 @@ impl Seen {
             name: pathway.and_then(|pathway| pathway.name.clone()),
             state,
             findings,
+            fix: subject
+                .mended
+                .clone()
+                .filter(|_| state == PathwayState::Incomplete),
             repairs: self.repairs.get(&mark.get()).copied(),
         }
     }

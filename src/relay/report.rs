@@ -266,8 +266,8 @@ fn pathway_hint(mark: Option<Mark>) -> String {
         Some(mark) => format!(
             "is the pathway of mark {mark} not installed? run mmproxyctl pathway check {mark}"
         ),
-        None => "does no routing rule lead replies from the target back to this host? a mark and \
-                 mmproxyctl pathway add MARK do"
+        None => "does no routing rule lead replies from the target back to this host? \
+                 mmproxyctl run --mark MARK --manage-pathways makes them"
             .to_owned(),
     }
 }

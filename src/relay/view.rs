@@ -3,6 +3,7 @@
 //! Owns: the filter, the rows of `conns` and `explain`, why a connection ended. Must not know: how
 //! connections are kept, who asks, how rows are shown.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
@@ -79,6 +80,38 @@ impl Stage {
     }
 }
 
+/// A kind of header; in JSON the PROXY header's version as a number, or `"spp"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum HeaderKind {
+    /// A PROXY header of this version, 1 or 2.
+    Proxy(u8),
+    /// Another one.
+    Other(OtherHeader),
+}
+
+impl HeaderKind {
+    /// Simple Proxy Protocol.
+    pub const SPP: Self = Self::Other(OtherHeader::Spp);
+}
+
+/// A header that is no PROXY header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OtherHeader {
+    /// Simple Proxy Protocol.
+    Spp,
+}
+
+impl fmt::Display for HeaderKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Proxy(version) => write!(f, "PROXY v{version}"),
+            Self::Other(OtherHeader::Spp) => f.write_str("SPP"),
+        }
+    }
+}
+
 /// One connection as it was when asked for. Unknown fields are left out of JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Connection {
@@ -112,9 +145,9 @@ pub struct Connection {
     pub bytes_to_target: u64,
     /// Bytes handed to the client.
     pub bytes_to_client: u64,
-    /// The PROXY header's version, 1 or 2.
+    /// What kind of header named the client.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub header: Option<u8>,
+    pub header: Option<HeaderKind>,
     /// The unique id that the proxy sent: as text where it is printable ASCII, else hexadecimal behind 0x.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unique_id: Option<String>,
@@ -216,7 +249,7 @@ mod tests {
             idle_ms: 5,
             bytes_to_target: 1,
             bytes_to_client: 2,
-            header: Some(2),
+            header: Some(HeaderKind::Proxy(2)),
             unique_id: None,
             authority: None,
             ended: None,
@@ -254,6 +287,14 @@ mod tests {
         let row = connection();
         let json = serde_json::to_string(&row).unwrap();
         assert!(!json.contains("authority"), "{json}");
+        assert!(json.contains(r#""header":2"#), "{json}");
+        assert_eq!(serde_json::from_str::<Connection>(&json).unwrap(), row);
+        let row = Connection {
+            header: Some(HeaderKind::SPP),
+            ..row
+        };
+        let json = serde_json::to_string(&row).unwrap();
+        assert!(json.contains(r#""header":"spp""#), "{json}");
         assert_eq!(serde_json::from_str::<Connection>(&json).unwrap(), row);
     }
 }

@@ -355,6 +355,32 @@ fn a_mistake_changes_nothing_and_is_shown_to_the_caller() {
 }
 
 #[test]
+fn a_reload_that_leaves_an_instance_down_fails_and_the_others_serve() {
+    let lab = Lab::new(&[9001]);
+    lab.instances(&[("a", 123, 2001, 9001)]);
+    let _running = lab.run("--all --manage-pathways");
+    let taken = lab
+        .host
+        .enter(|| TcpListener::bind("127.0.0.1:2002").expect("bind"));
+    lab.instances(&[("a", 123, 2001, 9001), ("b", 123, 2002, 9001)]);
+    let output = lab.ctl("reload");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("all: not running: b: "), "{said}");
+    assert!(said.contains("all: started: b"), "{said}");
+    assert_eq!(lab.proxied(2001, 40001).expect("relayed").service, 9001);
+    // nothing is different the second time, and it still does not run
+    let output = lab.ctl("reload --json");
+    assert_eq!(output.status.code(), Some(1));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let why = json["all"]["failing"]["b"].as_str().expect("why");
+    assert!(why.contains("in use"), "{json}");
+    drop(taken);
+    wait_for("b to be tried again", || lab.proxied(2002, 40002).is_ok());
+    assert_eq!(lab.reload("all")["failing"], serde_json::json!({}));
+}
+
+#[test]
 fn the_allow_list_takes_effect_at_once() {
     let lab = Lab::new(&[9001]);
     lab.instances(&[("a", 123, 2001, 9001)]);

@@ -164,7 +164,22 @@ fn reload_restart_and_upgrade_under_traffic() {
     );
     assert_eq!(systemd.show(UNIT, "ActiveState"), "active");
     assert_eq!(systemd.show(UNIT, "MainPID"), pid);
+    // and one that leaves an instance down: said to whoever asked, and nothing else is the worse for it
+    systemd.run_script(
+        "cat /tmp/good >/etc/mmproxy/instances.tsv; \
+         printf 'down\\t123\\tunix:/nowhere/down.sock\\t127.0.0.1\\t22\\t-\\n' >>/etc/mmproxy/instances.tsv",
+    );
+    assert!(!systemd.try_run("systemctl reload mmproxy").status.success());
+    assert!(
+        systemd.journal().contains("not running: down: "),
+        "{}",
+        systemd.journal()
+    );
+    assert_eq!(systemd.show(UNIT, "ActiveState"), "active");
+    assert_eq!(systemd.show(UNIT, "MainPID"), pid);
+    traffic.flows();
     systemd.run_script("cat /tmp/good >/etc/mmproxy/instances.tsv");
+    systemd.run("systemctl reload mmproxy");
 
     // restart: systemd keeps the sockets, nobody is refused, and the session outlives it
     assert_ne!(systemd.show(UNIT, "NFileDescriptorStore"), "0");

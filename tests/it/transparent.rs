@@ -2,6 +2,7 @@
 //! TPROXY rules that `pathway` makes and removes.
 
 mod old;
+mod own;
 mod ports;
 mod rules;
 mod running;

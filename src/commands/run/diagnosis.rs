@@ -10,7 +10,7 @@ use tracing::{info, warn};
 
 use super::fleet::Fleet;
 use crate::commands::doctor::patients;
-use crate::doctor::{self, Asker, Diagnosis, Severity};
+use crate::doctor::{self, Asker, Severity};
 use crate::relay::counters::ConnectFailure;
 use crate::relay::server::Server;
 
@@ -95,8 +95,9 @@ async fn examine(fleet: &Fleet, asker: &Asker, names: &BTreeSet<String>) {
             let faults = examination.diagnoses.iter();
             let faults = faults.filter(|one| one.severity == Severity::Fault);
             let mut said = 0;
+            let maker = fleet.world.maker;
             for one in faults.take(MOST) {
-                warn!(instances, fault = %one.fault, "diagnosis: {}: {}", one.verdict, remedy(one));
+                warn!(instances, fault = %one.fault, "diagnosis: {}: {}", one.verdict, maker.remedy(one));
                 said += 1;
             }
             if said == 0 {
@@ -108,18 +109,5 @@ async fn examine(fleet: &Fleet, asker: &Asker, names: &BTreeSet<String>) {
         }
         Ok(Err(error)) => warn!(instances, %error, "no diagnosis"),
         Err(error) => warn!(instances, %error, "no diagnosis"),
-    }
-}
-
-fn remedy(one: &Diagnosis) -> String {
-    let on = one
-        .fix
-        .on
-        .map(|on| format!("on {on}: "))
-        .unwrap_or_default();
-    match (&one.fix.commands[..], &one.fix.advice) {
-        ([], Some(advice)) => advice.clone(),
-        ([], None) => "mmproxyctl doctor shows more".to_owned(),
-        (commands, _) => format!("{on}{}", commands.join(" && ")),
     }
 }

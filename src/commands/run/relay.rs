@@ -10,9 +10,10 @@ use anyhow::{Context, bail};
 use tracing::{debug, info, warn};
 
 use super::plan::Spec;
+use super::remedy::Maker;
 use crate::causes::with_causes;
 use crate::config::Configuration;
-use crate::model::{Endpoint, Instance, Listen, Mark, Pathway};
+use crate::model::{Endpoint, Family, Instance, Listen, Mark, Pathway};
 use crate::pathway::{self, Finding, Firewall};
 use crate::relay::server::{Error, Server};
 use crate::relay::workers::Workers;
@@ -41,6 +42,8 @@ pub(super) struct World {
     pub(super) runtime_dir: RuntimeDir,
     /// Start although the pathway may not be in place.
     pub(super) no_check: bool,
+    /// Who makes the pathways.
+    pub(super) maker: Maker,
     /// What gives replies their mark.
     pub(super) firewall: Firewall,
     /// Whether a sysctl may be set where that needs one.
@@ -100,7 +103,7 @@ impl World {
         let looked = match look.take() {
             Some(look) if look.at.elapsed() < FRESH && Rc::ptr_eq(&look.of, &configuration) => look,
             _ => Look {
-                missing: missing(&configuration.pathways, self.firewall).await?,
+                missing: missing(&configuration.pathways, self.firewall, self.maker).await?,
                 at: Instant::now(),
                 of: configuration,
             },
@@ -184,6 +187,7 @@ fn can_be_reached(endpoint: &Endpoint) -> bool {
 async fn missing(
     pathways: &[Pathway],
     firewall: Firewall,
+    maker: Maker,
 ) -> anyhow::Result<BTreeMap<Mark, String>> {
     let findings = pathway::check(pathways, firewall)
         .await
@@ -193,9 +197,9 @@ async fn missing(
     for finding in others {
         if warned.insert(finding.mark) {
             warn!(
-                mark = %finding.mark, run = finding.fix(),
+                mark = %finding.mark,
                 "the pathway is without the rules for routers' ICMP: what is too large for a narrower link on \
-                 the way to a service is lost"
+                 the way to a service is lost; {}", maker.puts(&finding)
             );
         }
     }
@@ -206,13 +210,14 @@ async fn missing(
             .or_insert_with(|| format!("its pathway, mark {}, is not in place:", finding.mark))
             .push_str(&format!("\n  {finding}"));
     }
+    let mut told = BTreeSet::new();
     for finding in findings {
         if let Some(text) = missing.get_mut(&finding.mark)
-            && !text.contains("\nrun: ")
+            && told.insert(finding.mark)
         {
             text.push_str(&format!(
-                "\nrun: {} (or start with --no-check)",
-                finding.fix()
+                "\n{} (or start with --no-check)",
+                maker.puts(&finding)
             ));
         }
     }
@@ -242,8 +247,8 @@ impl Relay {
         let server = Server::start(&world.workers, sockets, &instance, allow)?;
         info!(
             instance = %instance.name, listen = %instance.listen, mark = instance.mark.map(tracing::field::display),
-            target4 = instance.target4.map(tracing::field::display),
-            target6 = instance.target6.map(tracing::field::display),
+            target4 = instance.target_of(Family::V4).map(tracing::field::display),
+            target6 = instance.target_of(Family::V6).map(tracing::field::display),
             workers = world.workers.count(), listeners, "relaying"
         );
         Ok(Self {

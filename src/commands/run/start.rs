@@ -17,9 +17,11 @@ use super::handover::Inheritance;
 use super::keeper::Kept;
 use super::process::Process;
 use super::relay::{World, lock_name};
+use super::remedy::Maker;
 use crate::cli::{Global, RunArgs};
 use crate::commands::doctor::patients;
 use crate::commands::output::results;
+use crate::commands::own;
 use crate::commands::{UsageError, drawn};
 use crate::config::{Configuration, Origin};
 use crate::relay::workers::{IoUring, Workers};
@@ -42,7 +44,8 @@ pub(super) fn start(
 ) -> anyhow::Result<Option<Process>> {
     // the file may be replaced while we run, and /proc/self/exe then names one that is gone
     let program = std::env::current_exe().context("cannot find this program's file")?;
-    let configuration = origin.load()?;
+    let mut configuration = origin.load()?;
+    configuration.warn_of_own(own::look);
     if !configuration.warnings.is_empty() && !global.quiet {
         eprintln!("{}\n", drawn(&configuration.warnings));
     }
@@ -116,6 +119,7 @@ pub(super) fn start(
         workers: Workers::start_with(count, io_uring).context("cannot start the worker threads")?,
         runtime_dir,
         no_check: args.no_check,
+        maker: Maker::of(&origin, patience, args.manage_pathways),
         firewall: global.firewall,
         set_sysctls: global.set_sysctls,
         configuration: RefCell::new(Rc::new(configuration)),

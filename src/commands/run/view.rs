@@ -15,6 +15,7 @@ use super::fleet::Fleet;
 use super::relay::Relay;
 use crate::control::messages::{Request, Response};
 use crate::metrics::{self, Endpoint, Listener};
+use crate::model::Instance;
 use crate::overview::{Overview, Standing, State, Subject};
 use crate::supervisor;
 
@@ -101,6 +102,11 @@ async fn bind_later(endpoint: &Endpoint) -> Listener {
 }
 
 impl Fleet {
+    /// What puts an instance's pathway in place.
+    fn mended(&self, instance: &Instance) -> Option<String> {
+        instance.mark.map(|mark| self.world.maker.mends(mark))
+    }
+
     /// Every instance with its relays, those that drain and have no other too.
     fn subjects(&self) -> Vec<Subject> {
         let configuration = Rc::clone(&self.world.configuration.borrow());
@@ -122,6 +128,7 @@ impl Fleet {
             subjects.push(Subject {
                 instance: spec.instance.clone(),
                 pathway: self.pathway_of(&spec.instance),
+                mended: self.mended(&spec.instance),
                 standing: standing(&status),
                 servers: relays.map(|relay| Rc::clone(&relay.server)).collect(),
             });
@@ -133,6 +140,7 @@ impl Fleet {
                 let instance = first.instance.clone();
                 Some(Subject {
                     pathway: self.pathway_of(&instance),
+                    mended: self.mended(&instance),
                     instance,
                     standing: Standing {
                         state: State::Draining,

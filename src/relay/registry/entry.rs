@@ -12,7 +12,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::model::{ClientAddr, Mark, ProxyAddr, TargetAddr};
 use crate::relay::header::{Endpoints, Header, Tlvs, Version};
 use crate::relay::settings::Settings;
-use crate::relay::view::{Connection, Reason, Stage};
+use crate::relay::view::{Connection, HeaderKind, Reason, Stage};
 
 /// What is kept of an authority; the DNS has no longer names.
 const MAX_AUTHORITY: usize = 255;
@@ -255,8 +255,8 @@ impl Entry {
             bytes_to_target,
             bytes_to_client,
             header: self.version.get().map(|version| match version {
-                Version::V1 => 1,
-                Version::V2 => 2,
+                Version::V1 => HeaderKind::Proxy(1),
+                Version::V2 => HeaderKind::Proxy(2),
             }),
             unique_id: sent.and_then(|sent| Some(printable(sent.unique_id.as_deref()?))),
             authority: sent.and_then(|sent| Some(sent.authority.as_deref()?.to_owned())),

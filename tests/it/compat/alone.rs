@@ -58,6 +58,11 @@ fn mistakes_say_which_flag() {
             "means nothing for protocol=tcp",
         ),
         (
+            "run --listen 10.0.0.1:53 --target4 127.0.0.1:53 --trust 10.0.0.2 --protocol udp \
+             --max-flows 10 --max-flows-per-proxy 11",
+            "expected a number from 1 to 10",
+        ),
+        (
             "run --listen 10.0.0.1:2222 --target4 127.0.0.1:22 --mark 0",
             "mark 0",
         ),
@@ -71,10 +76,14 @@ fn mistakes_say_which_flag() {
         assert_eq!(output.status.code(), Some(2), "{words}: {shown}");
         assert!(shown.contains(said), "{words}: {shown}");
     }
-    // a mark whose pathway is not there is refused as for any instance
+    // a mark whose pathway is not there is refused as for any instance; what would make it is the flag, as
+    // pathway add has nothing to read this from
     let words = "run --listen 10.0.0.1:2222 --target4 127.0.0.1:22 --trust 10.0.0.2 --mark 123";
     let output = old.lab.wks.mmproxyctl(words).output().expect("mmproxyctl");
     let shown = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{shown}");
-    assert!(shown.contains("mmproxyctl pathway add 123"), "{shown}");
+    assert!(
+        shown.contains("--manage-pathways") && !shown.contains("pathway add"),
+        "{shown}"
+    );
 }

@@ -44,6 +44,10 @@ fn each_port_goes_to_its_own() {
          one\t123\t10.0.0.1:11000-11001\t127.0.0.1\t{port}\t-\n"
     ));
     let relay = rig.run_with("--metrics 127.0.0.1:9464");
+    relay.wait_log(
+        "relaying instance=many listen=10.0.0.1:10000-10009 mark=123 target4=127.0.0.1:20000-20009 \
+         target6=[::1]:20000-20009 ",
+    );
     let at = |at: &str| {
         let at = addr(at);
         &services

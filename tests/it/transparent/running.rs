@@ -118,6 +118,19 @@ fn one_relay_without_files_and_its_successor() {
     let services = rig.services();
     let flags = "run --listen 203.0.113.0/24:10000-10999 --listen-transparent --target4 10.1.0.2:7000 \
                  --target6 [fd01::2]:7000 --mark 123 --trust 10.0.0.2 --manage-pathways";
+    // what it is advised to do without the rules is what makes them
+    let unmanaged = flags.replace(" --manage-pathways", "");
+    let (code, said) = rig.ctl(&unmanaged);
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("start it with --manage-pathways"), "{said}");
+    assert!(!said.contains("pathway add"), "{said}");
+    let careless = rig.run(&format!("{unmanaged} --no-check"));
+    let status = rig.said("status");
+    assert!(
+        status.contains("incomplete: start it with --manage-pathways"),
+        "{status}"
+    );
+    drop(careless);
     let relay = rig.run(flags);
     let mut open = rig
         .connect(CELLS[0].1, "192.0.2.7:5000")

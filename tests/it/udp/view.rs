@@ -41,6 +41,7 @@ fn flows_are_listed_explained_and_killed() {
         assert_eq!(row["local"], "203.0.113.7:4000");
         assert_eq!(row["target"], rig.service.addr.to_string());
         assert_eq!(row["stage"], "relaying");
+        assert_eq!(row["header"], 2);
         assert_eq!(
             (&row["bytes_to_target"], &row["bytes_to_client"]),
             (&5.into(), &5.into())
@@ -100,6 +101,18 @@ fn a_flow_that_ended_is_explained() {
     assert_eq!(ended["local"], "203.0.113.7:4000");
     assert_eq!(ended["ended"]["reason"], "idle");
     assert_eq!(ended["bytes_to_target"], 5);
+    assert_eq!(ended["header"], "spp");
+    let explained = text(&rig.wks, "explain 203.0.113.7:4000");
+    assert!(
+        explained.contains(&format!("proxy     {}, SPP\n", proxy.addr())),
+        "{explained}"
+    );
+    // each time anew, as it ends so soon
+    wait_for("the flow among the open ones", || {
+        proxy.send(&[header.bytes(), b"hello again"]);
+        proxy.answer();
+        text(&rig.wks, "conns").contains(" SPP")
+    });
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::model::{Mark, TargetAddr};
 use crate::relay::udp::counters::Ended;
 use crate::relay::udp::flow::Flow;
 use crate::relay::udp::table::Id;
-use crate::relay::view::{self, Ask, Connection, Query, Stage};
+use crate::relay::view::{self, Ask, Connection, HeaderKind, Query, Stage};
 
 /// How many ended flows each worker of a relay remembers: hours of players, seconds of a DNS server.
 const REMEMBERED: usize = 1024;
@@ -101,7 +101,10 @@ impl Worker {
             idle_ms: now.saturating_sub(flow.used()),
             bytes_to_target,
             bytes_to_client,
-            header: route.spp.is_none().then_some(2),
+            header: Some(match route.spp {
+                Some(_) => HeaderKind::SPP,
+                None => HeaderKind::Proxy(2),
+            }),
             unique_id: None,
             authority: None,
             ended: None,
