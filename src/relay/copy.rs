@@ -6,6 +6,7 @@
 //! An idle pair holds no buffer and no pipe.
 
 mod flow;
+mod gone;
 mod idle;
 mod ring;
 mod urgent;
@@ -19,6 +20,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 
 use self::flow::{Flow, State};
+use self::gone::Gone;
 use self::idle::Idle;
 use super::counters::Counter;
 use super::splice::Pool;
@@ -92,6 +94,8 @@ pub(super) struct Pair {
     up: Flow,
     down: Flow,
     idle: Option<Box<Idle>>,
+    /// Where one side has sent its end.
+    gone: Option<Gone>,
 }
 
 impl Pair {
@@ -114,6 +118,7 @@ impl Pair {
                 state: State::FRESH,
             },
             idle: idle_timeout.map(|limit| Box::new(Idle::new(limit))),
+            gone: None,
         }
     }
 
@@ -148,8 +153,16 @@ impl Pair {
         if let Poll::Ready(Err(fault)) = down {
             return Poll::Ready(fault.seen(Side::Target, Side::Client));
         }
-        if up.is_ready() && down.is_ready() {
-            return Poll::Ready(End::Closed);
+        let ended = match (up.is_ready(), down.is_ready()) {
+            (true, true) => return Poll::Ready(End::Closed),
+            (true, false) => Some((Side::Client, &self.client)),
+            (false, true) => Some((Side::Target, &self.target)),
+            (false, false) => None,
+        };
+        if let Some((side, socket)) = ended
+            && let Poll::Ready(error) = self.gone.get_or_insert_with(Gone::new).poll(cx, socket)
+        {
+            return Poll::Ready(End::Broken { side, error });
         }
         if let Some(idle) = &mut self.idle {
             let moved = self.up.bytes + self.down.bytes != before;

@@ -212,6 +212,43 @@ fn the_service_closes_its_half_first() {
     relay.wait("closed", |totals| totals.active == 0 && totals.resets == 0);
 }
 
+/// A client that has said everything, and a service too, are gone for the other before they heard its end.
+#[test]
+fn a_side_that_resets_after_its_end_is_noticed() {
+    let lab = Lab::new();
+    let (report, reports) = channel();
+    let service = Service::start(&lab.wks, "127.0.0.1:0", move |mut stream| {
+        let mut said = String::new();
+        stream.read_to_string(&mut said).unwrap();
+        // works on the answer until it hears that nobody wants it
+        while stream.take_error().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        report.send(said).unwrap();
+    });
+    let relay = Relay::start(&lab.wks, settings(&[service.addr]));
+    let mut stream = lab.connect(&relay, "192.0.2.7:4000");
+    stream.write_all(b"hello").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    reset(stream);
+    assert_eq!(reports.recv_timeout(SOON).unwrap(), "hello");
+    relay.wait("the reset", |totals| {
+        totals.active == 0 && totals.resets == 1
+    });
+    let silent = Service::start(&lab.wks, "127.0.0.1:0", |stream| {
+        stream.shutdown(Shutdown::Write).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        reset(stream);
+    });
+    let relay = Relay::start(&lab.wks, settings(&[silent.addr]));
+    let mut stream = lab.connect(&relay, "192.0.2.7:4001");
+    assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0, "the end");
+    relay.wait("the reset", |totals| {
+        totals.active == 0 && totals.resets == 1
+    });
+}
+
 /// A service that says goodbye and goes: the client gets every byte and the end.
 #[test]
 fn the_service_closes_first() {
