@@ -155,7 +155,8 @@ impl Route {
 /// No worker: the flow is over.
 pub(super) const NOBODY: u32 = u32::MAX;
 
-/// A flow, as all workers see it. Datagrams touch only atomics that its owner alone writes.
+/// A flow, as all workers see it. Datagrams touch only atomics, which its owner writes, and whoever reads its
+/// answers for him.
 #[derive(Debug)]
 pub(super) struct Flow {
     /// Tells it from all other connections and flows of the process.

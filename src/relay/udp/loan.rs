@@ -6,7 +6,8 @@
 //! A flow that alone keeps a worker busy has two halves with little in common: what comes from the proxy, and
 //! what the service answers. One flow at a time, a worker may have the second half done elsewhere. The flow stays
 //! its own: it sends, and it alone ends the flow and closes the socket. Who reads does so under the loan's lock,
-//! so that nobody has the socket any more once the loan has ended.
+//! and sends what he read: once the loan has ended nobody else has the socket any more, or answers that those
+//! that are read from then on could overtake.
 
 use std::net::UdpSocket;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -25,6 +26,8 @@ pub(super) struct Loan {
     pub(super) reader: u32,
     /// What the kernel last said about lost answers.
     pub(super) overflow: u32,
+    /// ICMP has told the reader that nothing listens at the target.
+    pub(super) service_down: bool,
 }
 
 /// What others may use of a worker.
@@ -99,6 +102,13 @@ impl Loans {
     /// What a worker has lent.
     pub(super) fn of(&self, worker: u32) -> MutexGuard<'_, Option<Loan>> {
         self.0[worker as usize].loan()
+    }
+
+    /// Whether nothing listens at the target of what a worker has lent.
+    pub(super) fn is_down(&self, worker: u32) -> bool {
+        self.of(worker)
+            .as_ref()
+            .is_some_and(|loan| loan.service_down)
     }
 
     /// Lends a worker's flow, whose socket this worker no longer waits for: its reader does, by this event.

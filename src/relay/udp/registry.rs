@@ -48,8 +48,6 @@ pub(super) enum Note {
     MakeRoom(Option<IpAddr>),
     /// This flow is no longer yours.
     Forget(Arc<Flow>),
-    /// Nothing listens at its target: ICMP has told whoever read from its socket.
-    ServiceDown(Arc<Flow>),
 }
 
 /// The notes for a worker, and what wakes it.
@@ -148,6 +146,11 @@ impl Registry {
         &self.mailboxes[worker as usize].wake
     }
 
+    /// Has a worker look at what it is told.
+    pub(super) fn wake(&self, worker: u32) {
+        self.mailboxes[worker as usize].wake();
+    }
+
     /// Has every worker look at what it is told, also one with nothing to do.
     pub(super) fn wake_all(&self) {
         self.mailboxes.iter().for_each(Mailbox::wake);
@@ -230,11 +233,6 @@ impl Registry {
             self.end(&mut inner, flow, worker);
         }
         own
-    }
-
-    /// Tells a flow's worker what ICMP said to whoever read its answers.
-    pub(super) fn service_down(&self, owner: u32, flow: &Arc<Flow>) {
-        self.note(owner, Note::ServiceDown(Arc::clone(flow)));
     }
 
     /// Notes that a flow's socket has another port than its client.

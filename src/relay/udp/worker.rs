@@ -1,7 +1,7 @@
 //! One relay's side on one worker thread: its listeners, its flows, its event loop.
 //!
 //! Owns: what happens to a datagram from where it is read to where it is sent on. Must not know: other
-//! threads but through the registry.
+//! threads but through the registry and the loans.
 //!
 //! Everything a worker waits for is a descriptor in an epoll instance of its own, and that instance is what the
 //! thread's runtime waits for: the unit of work is a batch of datagrams of many flows, not a flow, and a flow
@@ -112,7 +112,7 @@ pub(super) struct Common {
 /// A flow of this worker's.
 struct Held {
     flow: Arc<Flow>,
-    /// The flow's, while it has one; in this worker's epoll.
+    /// The flow's, while it has one; in this worker's epoll, unless it is lent.
     socket: Option<Arc<UdpSocket>>,
     /// The flow's socket has to do without the client's port.
     port_taken: bool,
@@ -251,18 +251,23 @@ impl Worker {
                     while let Ok(order) = orders.try_recv() {
                         self.follow(order, draining_since.is_some());
                     }
+                    // there may be something to do for ever
+                    let due = match draining_since {
+                        Some(since) => self.now - since >= DRAIN,
+                        None => drains(&phase),
+                    };
+                    if due {
+                        break;
+                    }
                 }
             }
-            // a sender that is gone means that the server was dropped
-            let draining = phase.has_changed().is_err() || *phase.borrow() == Phase::Draining;
+            let draining = drains(&phase);
             if draining && draining_since.is_none() {
                 draining_since = Some(self.now);
-                // what was queued has just been read; from here on it is for whoever listens next
+                // what was queued has just been read, unless it never ends: the rest is for whoever listens next
                 self.listeners.stop(&self.epoll)?;
                 // the other worker may have nothing to drain
-                if let Some(lent) = self.lent() {
-                    self.take_back(lent);
-                }
+                self.take_all_back();
                 self.end_unasked();
                 continue;
             }
@@ -292,6 +297,7 @@ impl Worker {
         let busy = ready > 0 || !again.is_empty();
         (self.moved, self.served) = (0, 0);
         let _named = self.span.clone().entered();
+        self.touch_lent();
         if busy {
             let settings = self.common.settings.load();
             if !Arc::ptr_eq(&settings, &self.settings) {
@@ -407,14 +413,9 @@ impl Worker {
                 Note::Forget(flow) if flow.owner() != self.number => self.forget_flow(&flow),
                 // it has come back
                 Note::Forget(_) => {}
-                Note::ServiceDown(flow) if flow.owner() == self.number => {
-                    if let Some(id) = self.holding(&flow) {
-                        self.service_down(id);
-                    }
-                }
-                Note::ServiceDown(_) => {}
             }
         }
+        self.take_back_what_is_down();
     }
 
     /// Ends what has been silent for the idle timeout.
@@ -452,6 +453,11 @@ impl Worker {
             self.finish(id, Ended::Drained);
         }
     }
+}
+
+fn drains(phase: &watch::Receiver<Phase>) -> bool {
+    // a sender that is gone means that the server was dropped
+    phase.has_changed().is_err() || *phase.borrow() == Phase::Draining
 }
 
 /// Who a flow's client is.

@@ -8,7 +8,7 @@ use mmproxyctl::relay::counters::ConnectFailure;
 use mmproxyctl::relay::spp;
 use mmproxyctl::relay::udp::Settings;
 use mmproxyctl::relay::udp::counters::Ended;
-use mmproxyctl::relay::view::{Ask, Filter, Query};
+use mmproxyctl::relay::view::{Ask, Connection, Filter, Query};
 use tokio::sync::mpsc;
 
 use super::lab::{Proxy, Relay, Service, addr, announce, settings, wait_sockets_to};
@@ -124,6 +124,21 @@ fn read_elsewhere(relay: &Relay) -> u64 {
         .sum()
 }
 
+/// What the relay says about its flows.
+fn rows(relay: &Relay, what: Ask) -> Vec<Connection> {
+    let (reply, mut answers) = mpsc::unbounded_channel();
+    relay.server.ask(&Query {
+        what,
+        filter: Filter::default(),
+        reply,
+    });
+    let mut rows = Vec::new();
+    while let Some(more) = answers.blocking_recv() {
+        rows.extend(more);
+    }
+    rows
+}
+
 /// A relay with two workers, and a flow whose answers the one reads that gets nothing from the proxy.
 struct Busy {
     service: Service,
@@ -205,20 +220,30 @@ fn silence_in_both_directions_ends_it() {
     assert_eq!(totals.flows_unanswered, 0);
 }
 
+/// Another flow of its worker's, used after it, ends after it.
+#[test]
+fn it_ends_by_its_own_last_answer() {
+    const OTHER: &str = "192.0.2.8:4000";
+    let lab = Lab::new();
+    let busy = Busy::new(&lab, Every);
+    let (service, proxy) = (&busy.service, &busy.stream.proxy);
+    // its own worker hears nothing of this
+    std::thread::sleep(IDLE / 8);
+    service.say(addr(CLIENT), b"unasked");
+    assert_eq!(proxy.answer(), b"unasked");
+    std::thread::sleep(IDLE / 2);
+    proxy.exchange(OTHER, b"hello");
+    busy.relay.wait("both ends", |totals| totals.flows == 0);
+    let rows = rows(&busy.relay, Ask::Recent);
+    let clients: Vec<_> = rows.iter().map(|row| row.client).collect();
+    assert_eq!(clients, [CLIENT, OTHER].map(|one| Some(addr(one))));
+}
+
 #[test]
 fn a_command_ends_it() {
     let lab = Lab::new();
     let mut busy = Busy::new(&lab, Every);
-    let (reply, mut killed) = mpsc::unbounded_channel();
-    busy.relay.server.ask(&Query {
-        what: Ask::Kill,
-        filter: Filter::default(),
-        reply,
-    });
-    let mut rows = Vec::new();
-    while let Some(more) = killed.blocking_recv() {
-        rows.extend(more);
-    }
+    let rows = rows(&busy.relay, Ask::Kill);
     let bytes: u64 = (0..busy.stream.sent)
         .map(|one| payload(one).len() as u64)
         .sum();
@@ -238,7 +263,10 @@ fn a_service_that_goes_down_ends_it() {
         let at = busy.service.addr.to_string();
         busy.service = Service::echo(&lab.wks, "127.0.0.1:0");
         wait_for("ICMP", || {
-            busy.stream.send();
+            // some at a time, so that now its own worker is told, now the reader
+            for _ in 0..8 {
+                busy.stream.send();
+            }
             let failed = busy.relay.totals().open_failed;
             failed.of(ConnectFailure::ServiceDown) > 0
         });
@@ -251,6 +279,32 @@ fn a_service_that_goes_down_ends_it() {
         }
         assert_eq!(busy.relay.totals().ports_given_up, 0);
     }
+}
+
+/// One datagram, so that nobody but the reader can be told.
+#[test]
+fn what_icmp_tells_the_reader_ends_it() {
+    let lab = Lab::new();
+    let (tell, told) = std::sync::mpsc::channel();
+    let service = Service::start(&lab.wks, "127.0.0.1:0", move |socket, seen| {
+        if seen.bytes == b"go" {
+            // nothing listens for anybody else from here on
+            socket.connect("127.0.0.1:9").expect("connect");
+            tell.send(()).expect("somebody waits");
+        } else {
+            let _ = socket.send_to(&seen.bytes, seen.peer);
+        }
+    });
+    let relay = Relay::start_at(&lab.wks, "10.0.0.1:0", 2, settings(Every, &[service.addr]));
+    let proxy = Proxy::new(&lab.vps, relay.addr);
+    let mut stream = Stream::new(proxy, &[CLIENT], Every);
+    stream.until("never lent", &service, || read_elsewhere(&relay) > 0);
+    stream.proxy.send(&[&announce(CLIENT), b"go"]);
+    told.recv_timeout(SOON).expect("the service's end");
+    stream.proxy.send(&[&announce(CLIENT), b"hello"]);
+    relay.wait("the flow's end", |totals| {
+        totals.ended.of(Ended::ServiceDown) == 1
+    });
 }
 
 #[test]
@@ -314,11 +368,89 @@ fn flows_in_company_are_not_lent() {
     let service = Service::echo(&lab.wks, "127.0.0.1:0");
     let relay = Relay::start_at(&lab.wks, "10.0.0.1:0", 2, settings(Every, &[service.addr]));
     let proxy = Proxy::new(&lab.vps, relay.addr);
-    let mut stream = Stream::new(proxy, &[CLIENT, "192.0.2.8:4000"], Every);
-    let end = Instant::now() + Duration::from_millis(500);
+    let mut stream = Stream::new(proxy, &[CLIENT], Every);
+    let lent = || relay.totals().flows_lent;
+    stream.until("never lent", &service, || lent() > 0);
+    stream.clients.push("192.0.2.8:4000".to_owned());
+    // a loan lasts a second at most
+    let end = Instant::now() + Duration::from_secs(2);
     while Instant::now() < end {
         stream.exchange(256);
+        service.forget();
     }
     assert_eq!(relay.totals().flows, 2);
-    assert_eq!(relay.totals().flows_lent, 0);
+    assert_eq!(lent(), 1);
+}
+
+/// A stream of answers: most of what there is to do is the reader's.
+#[test]
+fn it_is_lent_once_a_second_at_most() {
+    const ANSWERS: usize = 32;
+    let lab = Lab::new();
+    let service = Service::start(&lab.wks, "127.0.0.1:0", |socket, seen| {
+        for number in 0..ANSWERS {
+            // of another size than the one before: see `payload`
+            let _ = socket.send_to(&vec![0; 40 + number % 7], seen.peer);
+        }
+    });
+    let relay = Relay::start_at(&lab.wks, "10.0.0.1:0", 2, settings(First, &[service.addr]));
+    let proxy = Proxy::new(&lab.vps, relay.addr);
+    let start = Instant::now();
+    proxy.send(&[&announce(CLIENT), b"more"]);
+    for sent in 1.. {
+        std::thread::sleep(Duration::from_micros(500));
+        proxy.send(&[b"more"]);
+        let lent = relay.totals().flows_lent;
+        assert!(lent <= 1 + start.elapsed().as_secs(), "{lent}");
+        if lent > 1 {
+            break;
+        }
+        assert!(start.elapsed() < PATIENCE, "lent {lent} times, {sent} sent");
+        service.forget();
+    }
+}
+
+/// Answers that were read before others are sent before them, whoever reads.
+#[test]
+fn answers_keep_their_order() {
+    const ANSWERS: u64 = 8;
+    let lab = Lab::new();
+    let service = Service::start(&lab.wks, "127.0.0.1:0", |socket, seen| {
+        for number in 0..ANSWERS {
+            let mut answer = seen.bytes.clone();
+            answer.push(number as u8);
+            // of another size than the one before: see `payload`
+            answer.resize(40 + number as usize, 0);
+            let _ = socket.send_to(&answer, seen.peer);
+        }
+    });
+    let relay = Relay::start_at(&lab.wks, "10.0.0.1:0", 2, settings(First, &[service.addr]));
+    let proxy = Proxy::new(&lab.vps, relay.addr);
+    let patience = Duration::from_millis(200);
+    let timeout = proxy.socket.set_read_timeout(Some(patience));
+    timeout.expect("a timeout");
+    let end = Instant::now() + PATIENCE;
+    let (mut sent, mut last, mut under_way) = (0u64, None, 0);
+    let mut buffer = [0; 64];
+    while relay.totals().flows_lent < 3 {
+        assert!(Instant::now() < end, "never lent");
+        while under_way < UNDER_WAY * ANSWERS as usize {
+            match sent {
+                0 => proxy.send(&[&announce(CLIENT), &sent.to_be_bytes()]),
+                _ => proxy.send(&[&sent.to_be_bytes()]),
+            }
+            sent += 1;
+            under_way += ANSWERS as usize;
+        }
+        if proxy.socket.recv(&mut buffer).is_err() {
+            // some are lost where a buffer is full
+            under_way = 0;
+            continue;
+        }
+        under_way = under_way.saturating_sub(1);
+        let answer = Some(buffer[..9].to_vec());
+        assert!(last < answer, "{last:?} before {answer:?}");
+        last = answer;
+        service.forget();
+    }
 }

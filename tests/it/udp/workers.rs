@@ -1,6 +1,7 @@
 //! Several workers: the kernel deals datagrams out by a hash, and the relay is right whatever it says.
 
 use std::net::UdpSocket;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mmproxyctl::model::ListenAddr;
 use mmproxyctl::model::UdpHeader::{self, Every, First};
@@ -9,7 +10,7 @@ use mmproxyctl::socket::udp::udp_listeners;
 use socket2::{Domain, Socket, Type};
 
 use super::lab::{Proxy, Relay, Service, addr, announce, settings};
-use crate::relay::lab::Lab;
+use crate::relay::lab::{Lab, SOON};
 use crate::support::net::{Host, wait_for};
 
 #[test]
@@ -143,4 +144,43 @@ fn an_address_that_somebody_has_is_not_shared() {
     });
     let error = again.unwrap_err();
     assert_eq!(error.source.raw_os_error(), Some(libc::EADDRINUSE));
+}
+
+/// Whoever sends without a pause keeps no relay from ending.
+#[test]
+fn a_drain_ends_while_datagrams_come() {
+    let lab = Lab::new();
+    let service = Service::echo(&lab.wks, "127.0.0.1:0");
+    let relay = Relay::start(&lab.wks, settings(Every, &[service.addr]));
+    let proxies = [(); 2].map(|()| Proxy::new(&lab.vps, relay.addr));
+    let stop = AtomicBool::new(false);
+    let ended = std::thread::scope(|scope| {
+        for (proxy, client) in proxies.iter().zip(["192.0.2.7:4000", "192.0.2.8:4000"]) {
+            let stop = &stop;
+            scope.spawn(move || {
+                let datagram = [&*announce(client), &[0; 64]].concat();
+                // each of another size than the one before: none can be sent together with others
+                for number in 0.. {
+                    // refused once nobody listens any more
+                    let _ = proxy.socket.send(&datagram[..datagram.len() - number % 7]);
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+        }
+        relay.wait("the flood", |totals| totals.datagrams_to_target > 10_000);
+        relay.server.drain();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let ended = runtime.block_on(async {
+            let ended = relay.server.ended();
+            tokio::time::timeout(SOON, ended).await
+        });
+        stop.store(true, Ordering::Relaxed);
+        ended
+    });
+    ended.expect("its end").expect("no error");
 }

@@ -22,8 +22,9 @@ const MOMENT: u64 = 10;
 const BUSY: u32 = 4;
 /// Below this part a worker takes back what it lent: there is not enough to share.
 const SLOW: u32 = 16;
-/// How long a loan lasts, in milliseconds: only while it is back can be seen whether the other worker still
-/// rests but for it.
+/// How long a loan lasts at most, in milliseconds: only while it is back can be seen whether the other worker
+/// still rests but for it. So long is it, too, from one to the next: a flow that is nearly all answers leaves
+/// its worker with less than [`SLOW`], and would be lent and taken back all the time.
 const LEASE: u64 = 1_000;
 
 /// What a worker lends, and what it goes by.
@@ -36,6 +37,8 @@ pub(super) struct Lending {
     /// The flows that brought something since.
     company: Company,
     stage: Stage,
+    /// Until when the last loan may last, and no other begins, in milliseconds since the relay's start.
+    until: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -61,9 +64,11 @@ enum Stage {
     #[default]
     Own,
     /// Watches another worker; its CPU time when that began.
-    Watching { other: u32, cpu: Duration },
-    /// Since when, in milliseconds since the relay's start.
-    Lent { flow: Id, since: u64 },
+    Watching {
+        other: u32,
+        cpu: Duration,
+    },
+    Lent(Id),
 }
 
 impl Worker {
@@ -73,14 +78,18 @@ impl Worker {
         self.lending.company = touched.fold(self.lending.company, |all, id| all.and(*id));
     }
 
-    /// Once a round: lends, or takes back.
-    pub(super) fn lend(&mut self) {
-        if let Stage::Lent { flow, .. } = self.lending.stage
-            && let Some(held) = self.flows.get(flow)
+    /// Before anything else in a round: what the table's order of use cannot know by itself.
+    pub(super) fn touch_lent(&mut self) {
+        if let Some(id) = self.lent()
+            && let Some(held) = self.flows.get(id)
         {
             let used = held.flow.used();
-            self.flows.touch(flow, used);
+            self.flows.touch(id, used);
         }
+    }
+
+    /// Once a round: lends, or takes back.
+    pub(super) fn lend(&mut self) {
         let passed = self.now - self.lending.since;
         if passed < MOMENT || self.common.loans.workers() < 2 {
             return;
@@ -93,9 +102,9 @@ impl Worker {
         let company = std::mem::take(&mut self.lending.company);
         let passed = Duration::from_millis(passed);
         match (self.lending.stage, company) {
-            (Stage::Lent { flow, since, .. }, Company::Only(only))
-                if only == flow && spent >= passed / SLOW && self.now - since < LEASE => {}
-            (Stage::Lent { flow, .. }, _) => self.take_back(flow),
+            (Stage::Lent(flow), Company::Only(only))
+                if only == flow && spent >= passed / SLOW && self.now < self.lending.until => {}
+            (Stage::Lent(flow), _) => self.take_back(flow),
             (Stage::Watching { other, cpu }, Company::Only(flow)) if spent >= passed / BUSY => {
                 self.lending.stage = Stage::Own;
                 let spent = self.cpu_of(other).map(|now| now.saturating_sub(cpu));
@@ -104,7 +113,9 @@ impl Worker {
                     _ => self.watch_next(other),
                 }
             }
-            (Stage::Own, Company::Only(_)) if spent >= passed / BUSY => {
+            (Stage::Own, Company::Only(_))
+                if spent >= passed / BUSY && self.now >= self.lending.until =>
+            {
                 self.watch_next(self.number);
             }
             (Stage::Own | Stage::Watching { .. }, _) => self.lending.stage = Stage::Own,
@@ -142,16 +153,17 @@ impl Worker {
             socket: Arc::clone(socket),
             reader,
             overflow: held.overflow,
+            service_down: false,
         };
         // it is in there: there was something to be sent, and so to be answered
         let _ = self.epoll.delete(&*loan.socket);
+        // what is left there is the reader's
+        self.unfinished.retain(|number| *number != id.to_u64());
         let event = LOANS + u64::from(self.number);
         let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, event);
         let client = loan.flow.route.client;
-        self.lending.stage = Stage::Lent {
-            flow: id,
-            since: self.now,
-        };
+        self.lending.stage = Stage::Lent(id);
+        self.lending.until = self.now + LEASE;
         if self.common.loans.lend(self.number, loan, event) {
             self.counters.flows_lent.add(1);
             trace!(client.addr = %client, reader, "another worker reads the answers");
@@ -165,20 +177,43 @@ impl Worker {
         if self.lent() != Some(id) {
             return;
         }
+        let Some(held) = self.flows.get(id) else {
+            return;
+        };
+        // whoever has taken the flow over watches it by himself
+        if held.flow.owner() != self.number {
+            return self.forget(id);
+        }
         let loan = self.end_loan(id);
         let Some(held) = self.flows.get_mut(id) else {
             return;
         };
         if let Some(loan) = loan {
             held.overflow = loan.overflow;
+            if loan.service_down {
+                return self.service_down(id);
+            }
         }
-        // whoever may have taken the flow over watches it by himself
-        if held.flow.owner() == self.number
-            && let Some(socket) = held.socket.take()
-            && !self.watch(id, socket)
+        if let Some(socket) = held.socket.take() {
+            self.watch(id, socket);
+        }
+    }
+
+    /// Takes back a flow whose reader was told that nothing listens at its target.
+    pub(super) fn take_back_what_is_down(&mut self) {
+        if let Some(id) = self.lent()
+            && self.common.loans.is_down(self.number)
         {
-            self.close_socket(id);
+            self.take_back(id);
         }
+    }
+
+    /// Lends nothing any more, unless something comes from a proxy.
+    pub(super) fn take_all_back(&mut self) {
+        if let Some(id) = self.lent() {
+            self.take_back(id);
+        }
+        self.lending = Lending::default();
     }
 
     /// Nobody else reads from a flow's socket, or has it, after this.
@@ -195,7 +230,7 @@ impl Worker {
     /// The flow that is lent.
     pub(super) fn lent(&self) -> Option<Id> {
         match self.lending.stage {
-            Stage::Lent { flow, .. } => Some(flow),
+            Stage::Lent(flow) => Some(flow),
             Stage::Own | Stage::Watching { .. } => None,
         }
     }

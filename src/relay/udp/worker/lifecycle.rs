@@ -137,6 +137,10 @@ impl Worker {
         if let Err(error) = self.epoll.add(&*socket, event) {
             // fs.epoll.max_user_watches is used up
             warn!(%error, "cannot watch a flow's socket");
+            // it would keep the client's port from the next one
+            if let Some(held) = self.flows.get(id) {
+                held.flow.set_socket(None);
+            }
             return false;
         }
         if let Some(held) = self.flows.get_mut(id) {
@@ -277,25 +281,27 @@ impl Worker {
     /// Takes a flow out of this worker's table, whoever has it now.
     pub(super) fn forget(&mut self, id: Id) {
         self.unqueue(id, Dropped::FlowEnded);
+        // then it is not in this worker's epoll, unless whoever took the flow over has lent it to this one
+        let lent = self.lent() == Some(id);
         drop(self.end_loan(id));
         if let Some(held) = self.flows.remove(id) {
             self.counters.flows.sub_one();
-            if let Some(socket) = held.socket {
+            if let Some(socket) = held.socket
+                && !lent
+            {
                 self.unwatch(socket);
             }
         }
     }
 
     pub(super) fn forget_flow(&mut self, flow: &Arc<Flow>) {
-        if let Some(id) = self.holding(flow) {
+        let id = self.flows.find(&flow.route.key);
+        if let Some(id) = id
+            && let Some(held) = self.flows.get(id)
+            && Arc::ptr_eq(&held.flow, flow)
+        {
             self.forget(id);
         }
-    }
-
-    /// Where this very flow is in the table.
-    pub(super) fn holding(&self, flow: &Arc<Flow>) -> Option<Id> {
-        let id = self.flows.find(&flow.route.key)?;
-        Arc::ptr_eq(&self.flows.get(id)?.flow, flow).then_some(id)
     }
 
     pub(super) fn unwatch(&self, socket: Arc<UdpSocket>) {

@@ -13,6 +13,7 @@ use crate::relay::batch::{Part, SegmentLimit};
 use crate::relay::spp;
 use crate::relay::udp::counters::{Counters, Dropped};
 use crate::relay::udp::flow::{Flow, Path};
+use crate::relay::udp::loan::Loan;
 use crate::relay::udp::scratch::Scratch;
 use crate::relay::udp::table::Id;
 
@@ -64,41 +65,51 @@ impl Worker {
     /// Gathers what the socket of a flow has that another worker lent to this one.
     pub(super) fn read_lent(&mut self, owner: u32) {
         let common = Arc::clone(&self.common);
+        let mut lent = common.loans.of(owner);
+        // who has taken the flow over waits for the lock, and reads what is left
+        let Some(loan) = lent.as_mut().filter(|loan| loan.flow.owner() == owner) else {
+            return;
+        };
+        if !self.read_loan(loan) {
+            self.unfinished.push(LOANS + u64::from(owner));
+        }
+        if loan.service_down {
+            common.registry.wake(owner);
+        }
+        // still under the lock, for their order
+        self.send_answers();
+    }
+
+    /// False when there may be more.
+    fn read_loan(&mut self, loan: &mut Loan) -> bool {
         for _ in 0..TURNS {
-            let mut slot = common.loans.of(owner);
-            let Some(loan) = slot.as_mut().filter(|loan| loan.flow.owner() == owner) else {
-                return;
-            };
             if !self.answers_along(&loan.flow.route.path) {
-                return;
+                return true;
             }
-            match gather(
+            let gathered = gather(
                 &loan.flow,
                 &loan.socket,
                 &mut loan.overflow,
                 &mut self.scratch,
                 self.to_client,
                 &self.counters,
-            ) {
-                Gathered::All(read) => {
-                    self.gathered(read);
-                    if read > 0 {
-                        loan.flow.set_used(self.now);
-                    }
-                    return;
-                }
-                Gathered::Part(read) => {
-                    self.gathered(read);
+            );
+            if let Gathered::All(read) | Gathered::Part(read) = gathered {
+                self.gathered(read);
+                if read > 0 {
                     loan.flow.set_used(self.now);
                 }
-                Gathered::Nothing => {}
+            }
+            match gathered {
+                Gathered::All(_) => return true,
+                Gathered::Part(_) | Gathered::Nothing => {}
                 Gathered::ServiceDown => {
-                    common.registry.service_down(owner, &loan.flow);
-                    return;
+                    loan.service_down = true;
+                    return true;
                 }
             }
         }
-        self.unfinished.push(LOANS + u64::from(owner));
+        false
     }
 
     fn gathered(&mut self, read: usize) {
