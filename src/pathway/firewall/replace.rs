@@ -1,7 +1,7 @@
 //! What must change in `table inet mmproxy`. Pure, as `plan.rs`.
 //!
-//! The table is replaced as a whole, and a change of it is reported for each pathway that it concerns:
-//! all of these changes are one transaction.
+//! The table's rules are replaced as a whole, and a change of it is reported for each pathway that it
+//! concerns: all of these changes are one transaction.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::model::{Mark, Pathway};
 use crate::pathway::piece::{EntriesStep, Line, Step, Swap};
 use crate::pathway::plan::{Change, Outcome};
 
-use super::table::{Entry, Table};
+use super::table::{Entry, Layout, Table};
 
 /// The way from the table as found to one that holds just what is wanted of these pathways, and of
 /// others what it holds. Whole replacement, so also the way out of any disorder in it.
@@ -20,14 +20,14 @@ pub(crate) fn changes(
     found: Option<&Table>,
 ) -> Vec<Change> {
     let nothing = BTreeSet::new();
-    let (entries, awake, exact, chains) = match found {
-        None => (&nothing, true, true, Some(BTreeSet::new())),
+    let (entries, awake, exact, stays) = match found {
+        None => (&nothing, true, true, Some(Layout::default())),
         Some(Table::Ours {
             entries,
             awake,
             exact,
-            chains,
-        }) => (entries, *awake, *exact, chains.clone()),
+            stays,
+        }) => (entries, *awake, *exact, stays.clone()),
         Some(Table::Foreign | Table::Unreadable) => return Vec::new(),
     };
     let marks: BTreeSet<Mark> = pathways.iter().map(|pathway| pathway.mark).collect();
@@ -57,7 +57,7 @@ pub(crate) fn changes(
     let swap = Arc::new(Swap {
         before,
         after,
-        chains,
+        stays,
     });
     let step = |(index, ((outcome, mark), entries))| Change {
         mark,

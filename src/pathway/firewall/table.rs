@@ -5,11 +5,12 @@
 //! masked mark up in a map of marks, whose verdict jumps to a chain that sets all of the mask's bits.
 //! (A chain for each mark, because nft before 1.1 combines a mark with constants only, and the bits
 //! outside the mask are other programs'.) Pure; `parse` reads what nft lists, `words`
-//! writes what it takes.
+//! writes what it takes, `transaction` leads from one table to another.
 
 mod parse;
 #[cfg(test)]
 mod tests;
+mod transaction;
 mod words;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,6 +18,7 @@ use std::fmt;
 
 use crate::model::{Interception, Mark, Mask};
 use crate::pathway::piece::{COMMENT, Chain, Job, Line};
+pub(crate) use transaction::transaction;
 
 /// Its family and name.
 pub const NAME: (&str, &str) = ("inet", "mmproxy");
@@ -83,8 +85,9 @@ pub enum Table {
         awake: bool,
         /// Whether it holds just what these entries need.
         exact: bool,
-        /// Its chains, where they can stay: hooked in as ours are, and nothing else in the table.
-        chains: Option<BTreeSet<String>>,
+        /// What it holds, where its chains and maps can stay: hooked in as ours are, and nothing else
+        /// in the table.
+        stays: Option<Layout>,
     },
     /// Another program's of the same name.
     Foreign,
@@ -136,15 +139,23 @@ impl Key {
     }
 }
 
+/// The chains that marks lead to.
+type Targets = BTreeMap<u32, String>;
+
+/// Where a rule finds them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Marks {
+    /// In the table's map of this name.
+    Map(String),
+    /// In the rule itself, as the first builds had it. Such a map goes with its rule.
+    Inline(Targets),
+}
+
 /// What a rule does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Does {
     /// Looks the masked mark up and jumps to the chain found.
-    Dispatch {
-        key: Key,
-        mask: u32,
-        to: BTreeMap<u32, String>,
-    },
+    Dispatch { key: Key, mask: u32, to: Marks },
     /// `key = (key & keep) ^ value`
     Set { key: Key, keep: u32, value: u32 },
     /// Jumps to a chain.
@@ -197,10 +208,11 @@ struct TableChain {
     rules: Vec<TableRule>,
 }
 
-/// The table's chains by name.
+/// The table's chains and maps by name.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-struct Layout {
+pub struct Layout {
     chains: BTreeMap<String, TableChain>,
+    maps: BTreeMap<String, Targets>,
     /// Whether it has a flag, which ours never has.
     flagged: bool,
     /// Whether it holds objects that ours never has.
@@ -214,12 +226,19 @@ fn base_name(chain: Chain) -> &'static str {
     }
 }
 
-fn chain_name(job: Job, mark: u32, mask: u32) -> String {
-    let job = match job {
+fn job_name(job: Job) -> &'static str {
+    match job {
         Job::Save => "save",
         _ => "restore",
-    };
-    format!("{job}-{mark:#x}-{mask:#x}")
+    }
+}
+
+fn chain_name(job: Job, mark: u32, mask: u32) -> String {
+    format!("{}-{mark:#x}-{mask:#x}", job_name(job))
+}
+
+fn map_name(chain: Chain, job: Job, mask: u32) -> String {
+    format!("{}-{}-{mask:#x}", base_name(chain), job_name(job))
 }
 
 /// What begins the name of a chain that hands packets to listeners: one for each pathway, so that a table that
@@ -240,10 +259,10 @@ fn is_our_name(name: &str) -> bool {
 
 impl Layout {
     /// What these entries need: saves before restores, each by mask, then what is handed to listeners.
-    fn of(entries: &BTreeSet<Entry>) -> Self {
+    pub(crate) fn of(entries: &BTreeSet<Entry>) -> Self {
         let mut layout = Self::default();
         let mut intercepts = BTreeSet::new();
-        let mut dispatches = BTreeMap::<(Chain, Job, Mask), BTreeMap<u32, String>>::new();
+        let mut dispatches = BTreeMap::<(Chain, Job, Mask), Targets>::new();
         for entry in entries {
             let (mark, mask) = (entry.mark.get(), entry.mask.get());
             if let Job::Intercept(what) = entry.job {
@@ -274,13 +293,15 @@ impl Layout {
             let rules = vec![set];
             layout.chains.insert(name, TableChain { hook: None, rules });
         }
-        for ((chain, job, mask), to) in dispatches {
+        for ((chain, job, mask), targets) in dispatches {
+            let map = map_name(chain, job, mask.get());
+            layout.maps.insert(map.clone(), targets);
             layout.base(chain).rules.push(TableRule {
                 comment: Some(COMMENT.trim_end_matches(':').to_owned()),
                 does: Does::Dispatch {
                     key: Key::read_by(job),
                     mask: mask.get(),
-                    to,
+                    to: Marks::Map(map),
                 },
             });
         }
@@ -303,13 +324,22 @@ impl Layout {
         })
     }
 
-    /// The chains' names, unless the table must go before it can be right.
-    fn chains_that_can_stay(&self) -> Option<BTreeSet<String>> {
+    /// Whether it can be made right without going first.
+    fn can_stay(&self) -> bool {
         let right = self.chains.iter().all(|(name, chain)| {
             let base = Chain::ALL.into_iter().find(|base| base_name(*base) == name);
             chain.hook == base.map(Hook::of)
         });
-        (right && !self.flagged && !self.strange).then(|| self.chains.keys().cloned().collect())
+        right && !self.flagged && !self.strange
+    }
+
+    /// Where a rule leads.
+    fn targets<'a>(&'a self, to: &'a Marks) -> impl Iterator<Item = (&'a u32, &'a String)> {
+        let targets = match to {
+            Marks::Map(name) => self.maps.get(name),
+            Marks::Inline(targets) => Some(targets),
+        };
+        targets.into_iter().flatten()
     }
 
     /// What it does, as far as that is what an entry of ours does.
@@ -342,7 +372,7 @@ impl Layout {
                 if *key != Key::read_by(job) || job == Job::Restore && Some(index) < last_save {
                     continue;
                 }
-                for (mark, name) in to {
+                for (mark, name) in self.targets(to) {
                     let set = self.chains.get(name).map(|chain| chain.rules.as_slice());
                     let wanted = Does::Set {
                         key: Key::written_by(job),
@@ -395,60 +425,4 @@ fn intercepts(chain: Chain, rules: &[TableRule]) -> impl Iterator<Item = Entry> 
             mark: mark.parse().ok()?,
         })
     })
-}
-
-/// The transaction that leaves just these entries in the table, and no table without any. `chains` are
-/// the table's; `None` has it go first.
-///
-/// `add` first, so that it works whether the table is there or not. Chains that are needed stay, and
-/// only their rules are exchanged: a packet that is on its way through the hooks knows the old chains,
-/// and would find them empty and the new ones not at all.
-pub(crate) fn transaction(entries: &BTreeSet<Entry>, chains: Option<&BTreeSet<String>>) -> String {
-    let (family, name) = NAME;
-    let Layout { chains: wanted, .. } = Layout::of(entries);
-    let mut text = format!("add table {family} {name}\n");
-    match chains {
-        Some(_) if !entries.is_empty() => {
-            text.push_str(&format!("flush table {family} {name}\n"));
-        }
-        _ => text.push_str(&format!("delete table {family} {name}\n")),
-    }
-    if entries.is_empty() {
-        return text;
-    }
-    let gone: Vec<String> = chains
-        .into_iter()
-        .flatten()
-        .filter(|chain| !wanted.contains_key(*chain))
-        .map(|chain| format!("delete chain {family} {name} {chain}\n"))
-        .collect();
-    text.push_str(&format!("table {family} {name} {{\n"));
-    // a chain must be there before a rule jumps to it
-    let (bases, jumps): (Vec<_>, Vec<_>) = wanted
-        .into_iter()
-        .partition(|(_, chain)| chain.hook.is_some());
-    for (name, chain) in jumps.into_iter().chain(bases) {
-        text.push_str(&format!("  chain {name} {{\n"));
-        if let Some(hook) = chain.hook {
-            let Hook {
-                kind, hook, policy, ..
-            } = hook;
-            text.push_str(&format!(
-                "    type {kind} hook {hook} priority mangle; policy {policy};\n"
-            ));
-        }
-        for rule in chain.rules {
-            let comment = rule.comment.unwrap_or_default();
-            text.push_str(&format!("    {} comment \"{comment}\"\n", rule.does));
-        }
-        text.push_str("  }\n");
-    }
-    text.push_str("}\n");
-    text.extend(gone);
-    text
-}
-
-/// The names of the chains that these entries need.
-pub(crate) fn chains_of(entries: &BTreeSet<Entry>) -> BTreeSet<String> {
-    Layout::of(entries).chains.into_keys().collect()
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::model::{Family, Mark};
-use crate::pathway::firewall::table::{self, Entry};
+use crate::pathway::firewall::table::{self, Entry, Layout};
 
 use super::{Chain, Made, Program, Route, Rule};
 
@@ -77,8 +77,8 @@ pub struct Swap {
     pub before: BTreeSet<Entry>,
     /// What it holds then.
     pub after: BTreeSet<Entry>,
-    /// Its chains before; `None` where they cannot stay.
-    pub chains: Option<BTreeSet<String>>,
+    /// What of it can stay; `None` where it must go first.
+    pub stays: Option<Layout>,
 }
 
 impl EntriesStep {
@@ -87,12 +87,12 @@ impl EntriesStep {
         let Swap {
             before,
             after,
-            chains,
+            stays,
         } = &*self.swap;
         if self.back {
-            table::transaction(before, Some(&table::chains_of(after)))
+            table::transaction(before, Some(&Layout::of(after)))
         } else {
-            table::transaction(after, chains.as_ref())
+            table::transaction(after, stays.as_ref())
         }
     }
 }

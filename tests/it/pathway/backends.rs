@@ -1,6 +1,7 @@
 //! nftables as the back end: its table, what breaks it, what it is chosen over, and switching.
 
 mod cost;
+mod flood;
 mod none;
 
 use std::process::Command;
@@ -86,6 +87,19 @@ fn what_others_break_is_named_and_mended() {
         ("nft add table inet mmproxy { flags dormant ; }", saves),
         (
             "nft insert rule inet mmproxy output meta l4proto tcp accept",
+            "something in it is not ours",
+        ),
+        (
+            "nft delete element inet mmproxy output-save-0xff { 0x7b }",
+            saves,
+        ),
+        ("nft flush map inet mmproxy output-save-0xff", saves),
+        (
+            "nft add element inet mmproxy output-save-0xff { 0x99 : jump save-0x7b-0xff }",
+            "something in it is not ours",
+        ),
+        (
+            "nft add map inet mmproxy mine { type mark : verdict ; }",
             "something in it is not ours",
         ),
         (
@@ -374,6 +388,7 @@ fn the_watch_keeps_the_table() {
         "nft flush chain inet mmproxy save-0x7b-0xff",
         "nft add table inet mmproxy { flags dormant ; }",
         "nft insert rule inet mmproxy output accept",
+        "nft flush map inet mmproxy output-save-0xff",
     ] {
         host.run(command);
         wait_for(&format!("what '{command}' broke: {}", watch.log()), || {

@@ -1,13 +1,11 @@
 //! What `nft -j list table` says, by meaning: nft rewrites masks (`& 0xffffff00 | 0x7b` comes back as
 //! `& 0xffffff7b | 0x7b`), drops one that takes all bits, and names things differently by version.
 
-use std::collections::BTreeMap;
-
 use ipnet::IpNet;
 use serde_json::Value;
 
 use super::words::nft_family;
-use super::{Does, Hook, Key, Layout, PRIORITY, Table, TableRule};
+use super::{Does, Hook, Key, Layout, Marks, PRIORITY, Table, TableRule, Targets};
 use crate::model::{Interception, ListenNetwork, PortRange, Protocol, TRANSPARENT_MARK};
 
 impl Table {
@@ -21,7 +19,7 @@ impl Table {
         Some(Self::Ours {
             exact: layout == Layout::of(&entries),
             awake: !layout.flagged,
-            chains: layout.chains_that_can_stay(),
+            stays: layout.can_stay().then_some(layout),
             entries,
         })
     }
@@ -54,6 +52,10 @@ impl Layout {
                         does: does(value.get("expr")?).unwrap_or(Does::Other),
                     });
                 }
+                "map" => match map(value) {
+                    Some(targets) => _ = layout.maps.insert(text("name")?.to_owned(), targets),
+                    None => layout.strange = true,
+                },
                 _ => layout.strange = true,
             }
         }
@@ -69,6 +71,27 @@ fn priority(value: Option<&Value>) -> i64 {
     }
 }
 
+/// A map of marks as ours are.
+fn map(value: &Value) -> Option<Targets> {
+    let ours = value.get("type")? == "mark" && value.get("map")? == "verdict";
+    if !ours || value.get("flags").is_some() {
+        return None;
+    }
+    // an empty one is listed without elements
+    value.get("elem").map_or(Some(Targets::new()), targets)
+}
+
+fn targets(elements: &Value) -> Option<Targets> {
+    let of = |element: &Value| {
+        let [mark, verdict] = element.as_array()?.as_slice() else {
+            return None;
+        };
+        let target = verdict.get("jump")?.get("target")?.as_str()?;
+        Some((number(mark)?, target.to_owned()))
+    };
+    elements.as_array()?.iter().map(of).collect()
+}
+
 fn does(expressions: &Value) -> Option<Does> {
     let expression = match expressions.as_array()?.as_slice() {
         [expression] => expression,
@@ -78,14 +101,11 @@ fn does(expressions: &Value) -> Option<Does> {
         let (key, mask, 0) = computed(dispatch.get("key")?)? else {
             return None;
         };
-        let mut to = BTreeMap::new();
-        for element in dispatch.get("data")?.get("set")?.as_array()? {
-            let [mark, verdict] = element.as_array()?.as_slice() else {
-                return None;
-            };
-            let target = verdict.get("jump")?.get("target")?.as_str()?;
-            to.insert(number(mark)?, target.to_owned());
-        }
+        let data = dispatch.get("data")?;
+        let to = match data.as_str() {
+            Some(name) => Marks::Map(name.strip_prefix('@')?.to_owned()),
+            None => Marks::Inline(targets(data.get("set")?)?),
+        };
         let key = key?;
         return Some(Does::Dispatch { key, mask, to });
     }

@@ -129,17 +129,18 @@ fn a_chain_that_does_something_else_is_no_entry() {
 
 #[test]
 fn nothing_wanted_is_no_table() {
-    let text = transaction(&BTreeSet::new(), Some(&chains_of(&entries())));
+    let text = transaction(&BTreeSet::new(), Some(&Layout::of(&entries())));
     assert_eq!(text, "add table inet mmproxy\ndelete table inet mmproxy\n");
 }
 
 #[test]
-fn chains_that_are_needed_stay_and_the_others_go() {
-    let text = transaction(&entries(), Some(&chains_of(&entries())));
+fn chains_and_elements_that_are_needed_stay_and_the_others_go() {
+    let text = transaction(&entries(), Some(&Layout::of(&entries())));
     assert!(!text.contains("delete"), "{text}");
+    assert!(!text.contains("elements"), "{text}");
     let mut fewer = entries();
     fewer.retain(|entry| entry.mark.get() != 123);
-    let text = transaction(&fewer, Some(&chains_of(&entries())));
+    let text = transaction(&fewer, Some(&Layout::of(&entries())));
     let gone: Vec<_> = text
         .lines()
         .filter(|line| line.starts_with("delete"))
@@ -147,11 +148,39 @@ fn chains_that_are_needed_stay_and_the_others_go() {
     assert_eq!(
         gone,
         [
+            "delete element inet mmproxy output-restore-0xff { 0x7b }",
+            "delete element inet mmproxy output-save-0xff { 0x7b }",
+            "delete element inet mmproxy prerouting-restore-0xff { 0x7b }",
             "delete chain inet mmproxy restore-0x7b-0xff",
             "delete chain inet mmproxy save-0x7b-0xff"
         ]
     );
+    let back = transaction(&entries(), Some(&Layout::of(&fewer)));
+    assert!(!back.contains("delete"), "{back}");
+    let new = "elements = { 0x7b : jump save-0x7b-0xff }";
+    assert_eq!(back.matches(new).count(), 1, "{back}");
+    assert_eq!(back.matches("elements").count(), 3, "{back}");
+    // the last mark of a mask takes its map along, before the chain that it leads to
+    fewer.retain(|entry| entry.mask == Mask::new(0xff).unwrap());
+    let text = transaction(&fewer, Some(&Layout::of(&entries())));
+    let map = text.find("delete map inet mmproxy output-save-0xf000\n");
+    let chain = text.find("delete chain inet mmproxy save-0x3000-0xf000\n");
+    assert!(map.is_some() && map < chain, "{text}");
     assert!(transaction(&fewer, None).contains("delete table inet mmproxy"));
+}
+
+#[test]
+fn an_element_that_leads_elsewhere_is_put_right() {
+    let wanted = entries();
+    let mut found = Layout::of(&wanted);
+    let map = found.maps.get_mut("output-save-0xff").unwrap();
+    map.insert(0x7b, "save-0x7c-0xff".to_owned());
+    map.insert(0x99, "save-0x7c-0xff".to_owned());
+    assert_eq!(found.entries().len(), wanted.len() - 1);
+    let text = transaction(&wanted, Some(&found));
+    let delete = text.find("delete element inet mmproxy output-save-0xff { 0x7b, 0x99 }\n");
+    let add = text.find("elements = { 0x7b : jump save-0x7b-0xff }\n");
+    assert!(delete.is_some() && delete < add, "{text}");
 }
 
 fn listed(objects: &str) -> Option<Table> {
@@ -162,9 +191,10 @@ fn listed(objects: &str) -> Option<Table> {
 }
 
 const BASE: &str = r#",
+    {"map": {"table": "mmproxy", "name": "output-save-0xff", "type": "mark", "handle": 3, "map": "verdict", "elem": [[123, {"jump": {"target": "save-0x7b-0xff"}}]]}},
     {"chain": {"table": "mmproxy", "name": "save-0x7b-0xff", "handle": 1}},
     {"chain": {"table": "mmproxy", "name": "output", "handle": 5, "type": "route", "hook": "output", "prio": -150, "policy": "accept"}},
-    {"rule": {"chain": "output", "handle": 12, "comment": "mmproxyctl", "expr": [{"vmap": {"key": {"&": [{"meta": {"key": "mark"}}, 255]}, "data": {"set": [[123, {"jump": {"target": "save-0x7b-0xff"}}]]}}}]}}"#;
+    {"rule": {"chain": "output", "handle": 12, "comment": "mmproxyctl", "expr": [{"vmap": {"key": {"&": [{"meta": {"key": "mark"}}, 255]}, "data": "@output-save-0xff"}}]}}"#;
 
 fn with_set(value: &str) -> Option<Table> {
     listed(&format!(
@@ -205,6 +235,29 @@ fn every_way_to_write_the_same_is_the_same() {
 }
 
 #[test]
+fn a_map_within_the_rule_is_read_and_replaced() {
+    let inline = r#"{"set": [[123, {"jump": {"target": "save-0x7b-0xff"}}]]}"#;
+    let (_, base) = BASE.split_once("}}]]}},").unwrap();
+    let base = base.replace(r#""@output-save-0xff""#, inline);
+    let set = r#"{"rule": {"chain": "save-0x7b-0xff", "comment": "mmproxyctl:123", "expr":
+        [{"mangle": {"key": {"ct": {"key": "mark"}}, "value": {"|": [{"&": [{"ct": {"key": "mark"}}, 4294967040]}, 123]}}}]}}"#;
+    let found = listed(&format!(", {base}, {set}"));
+    let Some(Table::Ours {
+        entries,
+        awake: true,
+        exact: false,
+        stays: Some(stays),
+    }) = found
+    else {
+        panic!("{found:?}");
+    };
+    assert_eq!(entries, [entry(Chain::Output, Job::Save, 123, 0xff)].into());
+    let text = transaction(&entries, Some(&stays));
+    assert!(!text.contains("delete"), "{text}");
+    assert!(text.contains("elements = { 0x7b : jump save-0x7b-0xff }"));
+}
+
+#[test]
 fn whose_it_is() {
     assert_eq!(listed(""), Some(Table::Foreign));
     assert_eq!(
@@ -233,6 +286,35 @@ fn a_flag_or_a_set_of_somebodys_is_seen() {
         flagged,
         Some(Some(Table::Ours { awake: false, .. }))
     ));
-    let set = listed(&format!(r#"{BASE}, {{"set": {{"name": "mine"}}}}"#));
-    assert!(matches!(set, Some(Table::Ours { exact: false, .. })));
+    for object in [
+        r#"{"set": {"name": "mine"}}"#,
+        r#"{"map": {"name": "mine", "type": "mark", "map": "ipv4_addr"}}"#,
+        r#"{"map": {"name": "mine", "type": "mark", "map": "verdict", "flags": ["timeout"]}}"#,
+        r#"{"map": {"name": "mine", "type": "mark", "map": "verdict", "elem": [[1, {"drop": null}]]}}"#,
+    ] {
+        let found = listed(&format!("{BASE}, {object}"));
+        let goes = matches!(
+            found,
+            Some(Table::Ours {
+                exact: false,
+                stays: None,
+                ..
+            })
+        );
+        assert!(goes, "{object}");
+    }
+    // one as ours are goes alone
+    let map = r#"{"map": {"name": "mine", "type": "mark", "map": "verdict"}}"#;
+    let Some(Table::Ours {
+        entries,
+        exact: false,
+        stays: Some(stays),
+        ..
+    }) = listed(&format!("{BASE}, {map}"))
+    else {
+        panic!("{map}");
+    };
+    assert_eq!(entries, BTreeSet::new());
+    let wanted = [entry(Chain::Output, Job::Save, 123, 0xff)].into();
+    assert!(transaction(&wanted, Some(&stays)).contains("delete map inet mmproxy mine\n"));
 }

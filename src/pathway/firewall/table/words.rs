@@ -4,7 +4,7 @@ use std::fmt;
 
 use ipnet::IpNet;
 
-use super::Does;
+use super::{Does, Marks};
 use crate::model::{Interception, TRANSPARENT_MARK, prefix_text};
 
 /// The packets of an interception, as nft selects them.
@@ -21,6 +21,13 @@ impl fmt::Display for Packets {
     }
 }
 
+/// The elements of a map, in braces.
+pub(super) fn elements<'a>(targets: impl IntoIterator<Item = (&'a u32, &'a String)>) -> String {
+    let of = |(mark, name)| format!("{mark:#x} : jump {name}");
+    let all: Vec<_> = targets.into_iter().map(of).collect();
+    format!("{{ {} }}", all.join(", "))
+}
+
 pub(super) fn nft_family(network: IpNet) -> &'static str {
     match network {
         IpNet::V4(_) => "ip",
@@ -33,12 +40,11 @@ impl fmt::Display for Does {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Dispatch { key, mask, to } => {
-                write!(f, "{} & {mask:#x} vmap {{", key.words())?;
-                for (index, (mark, name)) in to.iter().enumerate() {
-                    let comma = if index == 0 { "" } else { "," };
-                    write!(f, "{comma} {mark:#x} : jump {name}")?;
+                write!(f, "{} & {mask:#x} vmap ", key.words())?;
+                match to {
+                    Marks::Map(name) => write!(f, "@{name}"),
+                    Marks::Inline(targets) => write!(f, "{}", elements(targets)),
                 }
-                f.write_str(" }")
             }
             Self::Set {
                 key,
