@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use super::plan::Spec;
@@ -25,6 +26,9 @@ use crate::systemd;
 
 /// For how long a look at the pathways holds: a thousand instances that start together need one.
 const FRESH: Duration = Duration::from_secs(1);
+
+/// For how long a child may go on having this process's descriptors.
+const FORKED: Duration = Duration::from_secs(2);
 
 /// How many listening sockets a process makes without being told how many (`listeners=`): where there
 /// are many instances on many cores, each is heard by fewer workers.
@@ -82,14 +86,24 @@ impl World {
         }
     }
 
-    fn lock(&self, instance: &str) -> anyhow::Result<Lock> {
+    async fn lock(&self, instance: &str) -> anyhow::Result<Lock> {
         if let Some(lock) = self.locks.borrow_mut().remove(instance) {
             return Ok(lock);
         }
-        match self.runtime_dir.try_lock(&lock_name(instance))? {
-            Attempt::Held(lock) => Ok(lock),
-            Attempt::HeldBy(Some(pid)) => bail!("already running, pid {pid}"),
-            Attempt::HeldBy(None) => bail!("already running in another process"),
+        let begin = Instant::now();
+        loop {
+            match self.runtime_dir.try_lock(&lock_name(instance))? {
+                Attempt::Held(lock) => return Ok(lock),
+                // the relay before has given it up, and a child of ours (iptables) that is not its own program
+                // yet has a copy
+                Attempt::HeldBy(Some(pid))
+                    if pid == std::process::id() && begin.elapsed() < FORKED =>
+                {
+                    sleep(Duration::from_millis(2)).await;
+                }
+                Attempt::HeldBy(Some(pid)) => bail!("already running, pid {pid}"),
+                Attempt::HeldBy(None) => bail!("already running in another process"),
+            }
         }
     }
 
@@ -237,7 +251,7 @@ impl Relay {
     pub(super) async fn start(world: Rc<World>, spec: Spec) -> anyhow::Result<Self> {
         let Spec { instance, allow } = spec;
         let name = instance.name.as_str();
-        let lock = world.lock(name)?;
+        let lock = world.lock(name).await?;
         if !world.no_check {
             world.in_place(instance.mark).await?;
         }
