@@ -10,7 +10,7 @@ use crate::pathway::{add, del, pathway};
 use crate::support::net::Host;
 
 /// One in fifteen or so lost a packet, while the maps still went with their rules.
-const REPLACEMENTS: usize = if cfg!(feature = "soak") { 4000 } else { 120 };
+const REPLACEMENTS: usize = if cfg!(feature = "soak") { 4000 } else { 80 };
 
 const SENDERS: usize = 2;
 
