@@ -154,7 +154,7 @@ pub(super) struct Worker {
     scratch: Scratch,
     to_target: SegmentLimit,
     to_client: SegmentLimit,
-    /// Flows whose answers were not all read in their turn.
+    /// Flows whose answers were not all read in their turn, own and lent, by the numbers of their events.
     unfinished: Vec<u64>,
     /// Datagrams, or runs of them, that were read in this round.
     moved: usize,
