@@ -92,12 +92,12 @@ fn taken(network: ListenNetwork, protocol: Protocol, own: &Own) -> Option<String
         )),
         None if network.network().prefix_len() == network.network().max_prefix_len() => None,
         None => {
-            let (noun, shown) = match ports.count() {
-                1 => ("port", ports.to_string()),
-                _ => ("ports", ports.to_string()),
+            let noun = match ports.count() {
+                1 => "port",
+                _ => "ports",
             };
             Some(format!(
-                "the network has {here}: whatever of this host uses {protocol} {noun} {shown} there is cut off \
+                "the network has {here}: whatever of this host uses {protocol} {noun} {ports} there is cut off \
                  from others"
             ))
         }

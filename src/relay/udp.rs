@@ -173,7 +173,7 @@ impl Server {
         let chosen: Vec<usize> = workers.pick(listeners.len()).collect();
         // one descriptor for the worker and for whoever is handed the socket next
         let listeners = dealt(listeners, chosen.len());
-        let shares = shares(&listeners, chosen.len());
+        let shares = shares_of(&listeners, chosen.len());
         let ports = ports(&listeners, &settings).map_err(Error::Start)?;
         let registry = Registry::new(chosen.len()).map_err(|errno| Error::Start(errno.into()))?;
         let (report, ended) = mpsc::unbounded_channel();
@@ -301,12 +301,9 @@ impl Server {
         let has = all.iter().chain(&back).filter_map(addr).collect();
         let more = more(&has)?;
         fit(&more, &settings)?;
-        let more: Vec<_> = back
-            .into_iter()
-            .chain(dealt(more, self.orders.len()))
-            .collect();
-        let shares = shares(&more, self.orders.len());
-        all.extend(more);
+        let more = dealt(more, self.orders.len());
+        let more: Vec<_> = back.into_iter().chain(more).collect();
+        all.extend(more.iter().cloned());
         let ports = ports(&all, &settings).map_err(Error::Start)?;
         ports.add(&self.common.ports.load());
         self.common.ports.store(Arc::new(ports));
@@ -317,9 +314,9 @@ impl Server {
                 .map(|(socket, worker)| (Arc::downgrade(socket), *worker))
                 .collect(),
         };
-        let gone: Arc<[_]> = gone.into_iter().map(|(socket, _)| socket).collect();
-        for (worker, more) in self.orders.iter().zip(shares) {
-            let gone = Arc::clone(&gone);
+        let more = shares_of(&more, self.orders.len());
+        let gone = shares_of(&gone, self.orders.len());
+        for (worker, (gone, more)) in self.orders.iter().zip(gone.into_iter().zip(more)) {
             // a worker that is gone has failed, and the relay with it
             let _ = worker.send(Order::Listen(Change { gone, more }));
         }
@@ -372,7 +369,7 @@ fn dealt(listeners: Vec<UdpSocket>, workers: usize) -> Vec<Owned<Arc<UdpSocket>>
 }
 
 /// What each of so many workers has of them.
-fn shares(listeners: &[Owned<Arc<UdpSocket>>], workers: usize) -> Vec<Vec<Arc<UdpSocket>>> {
+fn shares_of(listeners: &[Owned<Arc<UdpSocket>>], workers: usize) -> Vec<Vec<Arc<UdpSocket>>> {
     let mut shares = vec![Vec::new(); workers];
     for (listener, worker) in listeners {
         shares[*worker].push(Arc::clone(listener));

@@ -45,7 +45,7 @@ impl Maker {
         match self {
             Self::Verb => format!("run: {}", finding.fix()),
             Self::Flag => {
-                let mut flags = "start it with --manage-pathways".to_owned();
+                let mut flags = self.mends(finding.mark);
                 if let Problem::Missing(Step::TakeSwitch(_)) = finding.problem {
                     flags.push_str(" --set-sysctls");
                 }

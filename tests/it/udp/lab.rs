@@ -120,13 +120,7 @@ impl Service {
         addr: &str,
         work: impl Fn(&UdpSocket, &Seen) + Send + 'static,
     ) -> Self {
-        let mut bound = None;
-        // an address that another service had a moment ago: see `wait_sockets_to`
-        wait_for(&format!("{addr} to be free"), || {
-            bound = host.enter(|| UdpSocket::bind(addr).ok());
-            bound.is_some()
-        });
-        let socket = bound.expect("bound");
+        let socket = bind(host, self::addr(addr));
         let addr = socket.local_addr().expect("address");
         socket
             .set_read_timeout(Some(Duration::from_millis(20)))
@@ -197,6 +191,16 @@ impl Drop for Service {
     }
 }
 
+/// A socket at an address, which another one may have had a moment ago: see `wait_sockets_to`.
+fn bind(host: &Host, addr: SocketAddr) -> UdpSocket {
+    let mut bound = None;
+    wait_for(&format!("{addr} to be free"), || {
+        bound = host.enter(|| UdpSocket::bind(addr).ok());
+        bound.is_some()
+    });
+    bound.expect("bound")
+}
+
 /// A sender's socket.
 pub(crate) struct Proxy {
     pub(crate) socket: UdpSocket,
@@ -214,17 +218,18 @@ impl Proxy {
 
     /// The same from this address.
     pub(crate) fn from(host: &Host, from: SocketAddr, relay: SocketAddr) -> Self {
-        let mut bound = None;
-        // an address that another socket had a moment ago: see `wait_sockets_to`
-        wait_for(&format!("{from} to be free"), || {
-            bound = host.enter(|| UdpSocket::bind(from).ok());
-            bound.is_some()
-        });
-        let socket = bound.expect("bound");
+        let socket = bind(host, from);
         // an answer from another address than the relay's would not arrive
         socket.connect(relay).expect("connect");
-        socket.set_read_timeout(Some(SOON)).expect("read timeout");
-        Self { socket }
+        let proxy = Self { socket };
+        proxy.be_patient(SOON);
+        proxy
+    }
+
+    /// Waits so long for an answer.
+    pub(crate) fn be_patient(&self, limit: Duration) {
+        let set = self.socket.set_read_timeout(Some(limit));
+        set.expect("read timeout");
     }
 
     pub(crate) fn addr(&self) -> SocketAddr {

@@ -103,14 +103,12 @@ impl Stream {
 
     /// Takes what comes until nothing does for a while; the rest is lost.
     fn take_rest(&mut self) {
-        let patience = |limit| self.proxy.socket.set_read_timeout(Some(limit));
-        patience(Duration::from_millis(200)).expect("a timeout");
+        self.proxy.be_patient(Duration::from_millis(200));
         let mut buffer = [0; 2048];
         while let Ok(length) = self.proxy.socket.recv(&mut buffer) {
             self.take(&buffer[..length]);
         }
-        let patience = |limit| self.proxy.socket.set_read_timeout(Some(limit));
-        patience(SOON).expect("a timeout");
+        self.proxy.be_patient(SOON);
         self.awaited.clear();
     }
 }
@@ -428,9 +426,7 @@ fn answers_keep_their_order() {
     });
     let relay = Relay::start_at(&lab.wks, "10.0.0.1:0", 2, settings(First, &[service.addr]));
     let proxy = Proxy::new(&lab.vps, relay.addr);
-    let patience = Duration::from_millis(200);
-    let timeout = proxy.socket.set_read_timeout(Some(patience));
-    timeout.expect("a timeout");
+    proxy.be_patient(Duration::from_millis(200));
     let end = Instant::now() + PATIENCE;
     let (mut sent, mut last, mut under_way) = (0u64, None, 0);
     let mut buffer = [0; 64];

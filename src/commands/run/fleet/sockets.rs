@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use tracing::warn;
 
 use super::{Changes, Fleet};
-use crate::commands::run::plan::Spec;
-use crate::model::{Endpoint, Protocol};
+use crate::commands::run::plan::{Spec, Specs};
+use crate::model::{Endpoint, Instance};
+use crate::socket::listening::{Listening, Place};
 use crate::socket::unix::remove_socket_file;
 use crate::systemd;
 
@@ -16,38 +17,19 @@ impl Fleet {
     /// An address that goes from one relay to another keeps its sockets. Others are not kept for a moment:
     /// what came to them after the relay has closed its own would be lost.
     pub(super) fn offer_sockets_of(&self, name: &str, changes: &mut Changes) {
-        let Some(relay) = self.supervisor.borrow().task(name) else {
-            return;
-        };
         let specs = self.specs.borrow();
-        let next_at = |protocol: Protocol, endpoint: &Endpoint| {
-            let next = specs.values().map(|spec| &spec.instance);
-            let mut next =
-                next.filter(|next| next.options.protocol == protocol && next.listen.has(endpoint));
-            next.next()
-        };
-        let listeners = match relay.server.listeners() {
-            Ok(listeners) => listeners,
-            Err(error) => {
-                warn!(%error, instance = name, "cannot keep its listening sockets");
-                return;
-            }
-        };
-        let mut kept = BTreeMap::<(Protocol, Endpoint), usize>::new();
-        for listener in listeners {
-            let Ok((protocol, endpoint)) = listener.place() else {
-                continue;
-            };
-            match next_at(protocol, &endpoint) {
+        let mut kept = BTreeMap::<Place, usize>::new();
+        for (place, listener) in self.sockets_of(name) {
+            match next_at(&specs, &place) {
                 Some(_) => {
                     self.world.offer(listener);
-                    *kept.entry((protocol, endpoint)).or_default() += 1;
+                    *kept.entry(place).or_default() += 1;
                 }
-                None => remove_file(&endpoint),
+                None => remove_file(&place.1),
             }
         }
-        for ((protocol, endpoint), count) in kept {
-            let next = next_at(protocol, &endpoint);
+        for (place, count) in kept {
+            let (next, (_, endpoint)) = (next_at(&specs, &place), &place);
             if let Some(next) = next.filter(|next| count > self.world.listeners_of(next).get()) {
                 changes.notes.push(format!(
                     "{}: keeps {count} listeners on {endpoint} until it is stopped and started: to close one could refuse a connection",
@@ -59,20 +41,27 @@ impl Fleet {
 
     /// The ports that a relay gives up, where another one is to have them.
     pub(super) fn offer_ports_of(&self, name: &str) {
-        let Some(relay) = self.supervisor.borrow().task(name) else {
-            return;
-        };
         let specs = self.specs.borrow();
-        let others = || specs.iter().filter(|(other, _)| *other != name);
-        for listener in relay.server.listeners().unwrap_or_default() {
-            if let Ok((protocol, endpoint)) = listener.place()
-                && others().any(|(_, Spec { instance, .. })| {
-                    instance.options.protocol == protocol && instance.listen.has(&endpoint)
-                })
-            {
+        for (place, listener) in self.sockets_of(name) {
+            if next_at(&specs, &place).is_some_and(|next| next.name.as_str() != name) {
                 self.world.offer(listener);
             }
         }
+    }
+
+    /// The listening sockets of a relay that runs, once more, each with its place.
+    fn sockets_of(&self, name: &str) -> Vec<(Place, Listening)> {
+        let Some(relay) = self.supervisor.borrow().task(name) else {
+            return Vec::new();
+        };
+        let listeners = relay.server.listeners().unwrap_or_else(|error| {
+            warn!(%error, instance = name, "cannot keep its listening sockets");
+            Vec::new()
+        });
+        let listeners = listeners.into_iter();
+        listeners
+            .filter_map(|one| Some((one.place().ok()?, one)))
+            .collect()
     }
 
     /// Has a relay listen at the ports of its new line. Where it cannot, another one is to be started there, as
@@ -118,6 +107,12 @@ impl Fleet {
             }
         }
     }
+}
+
+/// The instance that is to listen at a place.
+fn next_at<'s>(specs: &'s Specs, (protocol, endpoint): &Place) -> Option<&'s Instance> {
+    let mut instances = specs.values().map(|spec| &spec.instance);
+    instances.find(|one| one.options.protocol == *protocol && one.listen.has(endpoint))
 }
 
 pub(super) fn remove_file(endpoint: &Endpoint) {

@@ -2,7 +2,7 @@
 //!
 //! Owns: how they come and go while flows stay. Must not know: flows.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::net::UdpSocket;
 use std::sync::Arc;
@@ -18,16 +18,16 @@ pub(super) struct Listener {
     pub(super) port: u16,
     /// What the kernel last said about lost datagrams.
     pub(super) overflow: u32,
-    /// From when on, in milliseconds since the relay's start, it is no more; until then it only answers.
-    until: Option<u64>,
+    /// It only answers, and is among those that end.
+    leaves: bool,
 }
 
 /// What becomes of a worker's listeners.
 #[derive(Debug)]
 pub(in crate::relay::udp) struct Change {
-    /// Any worker's.
-    pub(in crate::relay::udp) gone: Arc<[Arc<UdpSocket>]>,
-    /// This worker's.
+    /// Of those it has.
+    pub(in crate::relay::udp) gone: Vec<Arc<UdpSocket>>,
+    /// Those it gets.
     pub(in crate::relay::udp) more: Vec<Arc<UdpSocket>>,
 }
 
@@ -36,6 +36,9 @@ pub(in crate::relay::udp) struct Change {
 pub(super) struct Listeners {
     /// A place is used again once its listener is no more: events go by it.
     places: Vec<Option<Listener>>,
+    free: Vec<usize>,
+    /// Places of those that leave, each with when it is no more, in milliseconds since the relay's start.
+    ends: VecDeque<(u64, usize)>,
     /// Which of them answers for a port.
     by_port: HashMap<u16, usize>,
 }
@@ -77,24 +80,31 @@ impl Listeners {
     /// When it cannot be waited for; nothing has changed then.
     pub(super) fn add(&mut self, epoll: &WaitableEpoll, socket: Arc<UdpSocket>) -> io::Result<()> {
         let port = socket.local_addr()?.port();
-        let place = self.places.iter().position(|place| match place {
-            Some(listener) => Arc::ptr_eq(&listener.socket, &socket),
-            None => false,
+        let left = self.ends.iter().position(|(_, at)| {
+            let listener = self.get(*at);
+            listener.is_some_and(|one| Arc::ptr_eq(&one.socket, &socket))
         });
-        let free = || self.places.iter().position(Option::is_none);
-        let at = place.or_else(free).unwrap_or(self.places.len());
+        let at = match (left, self.free.last()) {
+            (Some(left), _) => self.ends[left].1,
+            (None, Some(at)) => *at,
+            (None, None) => self.places.len(),
+        };
         let event = EpollEvent::new(EpollFlags::EPOLLIN, LISTENERS + at as u64);
         epoll.add(&socket, event)?;
+        match left {
+            Some(left) => _ = self.ends.remove(left),
+            None => _ = self.free.pop(),
+        }
         // several sockets of one port are as good as the first
         let answers = self.at(port).and_then(|at| self.get(at));
-        if answers.is_none_or(|listener| listener.until.is_some()) {
+        if answers.is_none_or(|listener| listener.leaves) {
             self.by_port.insert(port, at);
         }
         let listener = Some(Listener {
             socket,
             port,
             overflow: 0,
-            until: None,
+            leaves: false,
         });
         match self.places.get_mut(at) {
             Some(place) => *place = listener,
@@ -105,9 +115,13 @@ impl Listeners {
 
     /// Reads from these no more, and lets them go when what was asked has had its time to be answered.
     pub(super) fn retire(&mut self, epoll: &WaitableEpoll, gone: &[Arc<UdpSocket>], now: u64) {
-        for listener in self.places.iter_mut().flatten() {
-            if gone.iter().any(|one| Arc::ptr_eq(one, &listener.socket)) {
-                listener.until = Some(now + DRAIN);
+        let gone: HashSet<_> = gone.iter().map(Arc::as_ptr).collect();
+        for (at, place) in self.places.iter_mut().enumerate() {
+            if let Some(listener) = place
+                && gone.contains(&Arc::as_ptr(&listener.socket))
+            {
+                listener.leaves = true;
+                self.ends.push_back((now + DRAIN, at));
                 // an error would mean that it is not in there
                 let _ = epoll.delete(&listener.socket);
             }
@@ -116,15 +130,15 @@ impl Listeners {
 
     /// When the next one is no more, in milliseconds since the relay's start.
     pub(super) fn next_end(&self) -> Option<u64> {
-        let listeners = self.places.iter().flatten();
-        listeners.filter_map(|listener| listener.until).min()
+        self.ends.front().map(|(end, _)| *end)
     }
 
     /// Lets go what has had its time; the ports that nothing answers for any more.
     pub(super) fn let_go(&mut self, now: u64) -> Vec<u16> {
         let mut gone = Vec::new();
-        for (at, place) in self.places.iter_mut().enumerate() {
-            if let Some(listener) = place.take_if(|one| one.until.is_some_and(|until| until <= now))
+        while let Some((_, at)) = self.ends.pop_front_if(|(end, _)| *end <= now) {
+            self.free.push(at);
+            if let Some(listener) = self.places[at].take()
                 && self.by_port.get(&listener.port) == Some(&at)
             {
                 self.by_port.remove(&listener.port);
@@ -140,7 +154,7 @@ impl Listeners {
     /// When the epoll instance fails.
     pub(super) fn stop(&mut self, epoll: &WaitableEpoll) -> io::Result<()> {
         let reading = self.places.iter().flatten();
-        for listener in reading.filter(|listener| listener.until.is_none()) {
+        for listener in reading.filter(|listener| !listener.leaves) {
             epoll.delete(&listener.socket)?;
         }
         Ok(())

@@ -36,27 +36,21 @@ impl Worker {
                 return;
             };
             let Some(socket) = &held.socket else { return };
-            match gather(
+            let Some(read) = gather(
                 &held.flow,
                 socket,
                 &mut held.overflow,
                 &mut self.scratch,
                 self.to_client,
                 &self.counters,
-            ) {
-                Gathered::All(read) => {
-                    self.gathered(read);
-                    if read > 0 {
-                        self.touch(id);
-                    }
-                    return;
-                }
-                Gathered::Part(read) => {
-                    self.gathered(read);
-                    self.touch(id);
-                }
-                Gathered::Nothing => {}
-                Gathered::ServiceDown => return self.service_down(id),
+            ) else {
+                return self.service_down(id);
+            };
+            if self.note_read(&read) {
+                self.touch(id);
+            }
+            if !read.more {
+                return;
             }
         }
         self.unfinished.push(id.to_u64());
@@ -86,35 +80,32 @@ impl Worker {
             if !self.answers_along(&loan.flow.route.path) {
                 return true;
             }
-            let gathered = gather(
+            let Some(read) = gather(
                 &loan.flow,
                 &loan.socket,
                 &mut loan.overflow,
                 &mut self.scratch,
                 self.to_client,
                 &self.counters,
-            );
-            if let Gathered::All(read) | Gathered::Part(read) = gathered {
-                self.gathered(read);
-                if read > 0 {
-                    loan.flow.set_used(self.now);
-                }
+            ) else {
+                loan.service_down = true;
+                return true;
+            };
+            if self.note_read(&read) {
+                loan.flow.set_used(self.now);
             }
-            match gathered {
-                Gathered::All(_) => return true,
-                Gathered::Part(_) | Gathered::Nothing => {}
-                Gathered::ServiceDown => {
-                    loan.service_down = true;
-                    return true;
-                }
+            if !read.more {
+                return true;
             }
         }
         false
     }
 
-    fn gathered(&mut self, read: usize) {
-        self.moved += read;
-        self.served += usize::from(read > 0);
+    /// Whether it was anything.
+    fn note_read(&mut self, read: &Read) -> bool {
+        self.moved += read.answers;
+        self.served += usize::from(read.answers > 0);
+        read.answers > 0
     }
 
     /// Has room for answers to what came this way, one call sending from one socket; false where nothing answers
@@ -164,19 +155,16 @@ impl Worker {
     }
 }
 
-/// What there was to be read.
-enum Gathered {
-    /// So many, and nothing is left.
-    All(usize),
-    /// So many.
-    Part(usize),
-    /// News of one datagram only.
-    Nothing,
-    /// ICMP says that nothing listens there.
-    ServiceDown,
+/// What was read from a flow's socket.
+struct Read {
+    /// Answers, or runs of them.
+    answers: usize,
+    /// Something may be left.
+    more: bool,
 }
 
-/// Reads a flow's answers into what is still free, and puts them into the outbox.
+/// Reads a flow's answers into what is still free, and puts them into the outbox; `None` when ICMP says that
+/// nothing listens at its target.
 fn gather(
     flow: &Flow,
     socket: &UdpSocket,
@@ -184,20 +172,26 @@ fn gather(
     scratch: &mut Scratch,
     limit: SegmentLimit,
     counters: &Counters,
-) -> Gathered {
+) -> Option<Read> {
     let from = scratch.gathered;
     let room = (scratch.outbound.slots() - from).min(BATCH_OF_ONE);
     let received = match scratch.outbound.receive(socket.as_fd(), from, room) {
         Ok(received) => received,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Gathered::All(0),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            return Gathered::ServiceDown;
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            return Some(Read {
+                answers: 0,
+                more: false,
+            });
         }
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => return None,
         // what else ICMP says (too big, filtered) is about one datagram; the kernel has told us
         // and forgotten it, and what waits behind it is read in the next turn
         Err(error) => {
             debug!(client.addr = %flow.route.client, %error, "the network said");
-            return Gathered::Nothing;
+            return Some(Read {
+                answers: 0,
+                more: true,
+            });
         }
     };
     flow.hears();
@@ -205,10 +199,10 @@ fn gather(
         put(slot, flow, overflow, scratch, limit, counters);
     }
     scratch.gathered += received;
-    match received < room {
-        true => Gathered::All(received),
-        false => Gathered::Part(received),
-    }
+    Some(Read {
+        answers: received,
+        more: received == room,
+    })
 }
 
 /// Puts an answer, or several of one size, into the outbox.
